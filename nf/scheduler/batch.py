@@ -79,6 +79,8 @@ class Batch:
     swap_out: Int32  # [*, 2] device page → host page
     swap_in: Int32  # [*, 2] host page → device page
     page_copies: Int32  # [*, 2] device page → device page (a shared, partly filled page gets its own copy)
+    # Done once ``token_ids`` are in the token buffer and before sampling: a sibling's first token is sampled by this
+    # very step, and penalties and bad words read the prompt from the sibling's own row.
     forks: Int32  # [*, 3] (source slot, destination slot, length): copy the start of a token-buffer row
 
     @property
