@@ -1,0 +1,134 @@
+"""Sizes that follow from memory: how many KV pages there are, and what swapping and recomputing move."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+
+from nf.config import EngineConfig, ModelConfig
+from nf.models.declaration import Model
+from nf.models.operations import Rows
+
+logger = logging.getLogger(__name__)
+
+RAM_SHARE = 0.25
+"""Most of the free RAM that the device pages take by default on the CPU; host pages may take as much again."""
+
+CPU_VALUE_BYTES = 4  # the CPU executor computes and caches in float32
+_FALLBACK_RAM = 4 << 30  # where the operating system does not say
+
+
+def kv_bytes_per_token(model: ModelConfig) -> int:
+    """Keys and values of one token in all layers, bytes."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * CPU_VALUE_BYTES
+
+
+def pool_sizes(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
+    """Device pages and host pages, as configured or else by memory.
+
+    Device pages: what ``max_num_seqs`` sequences of ``max_model_len`` tokens need, but at most RAM_SHARE of the free
+    RAM. Host pages: what is missing to that need, but no more than the device pages. Either is taken from the
+    operating system only when it is first written.
+    """
+    assert config.max_model_len is not None
+    needed = config.max_num_seqs * -(-config.max_model_len // config.page_size)
+    page_bytes = config.page_size * kv_bytes_per_token(model)
+    num_pages = config.num_pages
+    if num_pages is None:
+        free = free_ram()
+        affordable = max(1, int(free * RAM_SHARE) // page_bytes)
+        num_pages = min(needed, affordable)
+        logger.info(
+            "KV cache: %d pages of %d tokens, up to %.1f MiB; %d sequences of %d tokens would need %d, and %d %% of "
+            "%.1f MiB free RAM hold %d",
+            num_pages,
+            config.page_size,
+            num_pages * page_bytes / 2**20,
+            config.max_num_seqs,
+            config.max_model_len,
+            needed,
+            round(RAM_SHARE * 100),
+            free / 2**20,
+            affordable,
+        )
+    num_host_pages = config.num_host_pages
+    if num_host_pages is None:
+        num_host_pages = min(num_pages, max(0, needed - num_pages))
+    return num_pages, num_host_pages
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of all weights as the CPU executor holds them, a tied embedding counted once."""
+    ends = {(weight.parts, weight.shape) for weight in (model.embed, model.final_norm, model.lm_head)}
+    values = sum(math.prod(shape) for _, shape in ends)
+    return CPU_VALUE_BYTES * values + model.config.num_layers * _layer_weight_bytes(model)
+
+
+def recompute_bytes_per_token(model: Model, dense_batch_size: int) -> float:
+    """Bytes moved to compute the KV of one token again.
+
+    The weights of all layers are read once per step and shared by the ``dense_batch_size`` tokens in it; besides,
+    every operation reads and writes its buffers' row of the token::
+
+        Σ_layers (weight bytes / dense_batch_size + Σ_operations Σ_(reads, writes) row bytes)
+
+    Decode attention is left out: recomputed tokens are prefill. The KV of earlier tokens, which prefill attention also
+    reads, is left out too; it is shared by a chunk's tokens and small beside the rest.
+    """
+    widths = _row_widths(model.config)
+    rows = sum(
+        widths[buffer]
+        for operation in model.operations
+        if operation.rows is not Rows.DECODE
+        for buffer in (*operation.reads, *operation.writes)
+    )
+    return model.config.num_layers * (_layer_weight_bytes(model) / dense_batch_size + rows * CPU_VALUE_BYTES)
+
+
+def _layer_weight_bytes(model: Model) -> int:
+    return CPU_VALUE_BYTES * sum(math.prod(weight.shape) for weight in model.layer_weights)
+
+
+def _row_widths(config: ModelConfig) -> dict[str, int]:
+    """Values per token in each buffer that operations name."""
+    heads = config.num_heads * config.head_dim
+    return {
+        "hidden": config.hidden_size,
+        "normed": config.hidden_size,
+        "qkv": config.qkv_size,
+        "q": heads,
+        "kv": 2 * config.num_kv_heads * config.head_dim,
+        "attn": heads,
+        "routing": 2 * config.experts_per_token,
+        "activated": config.intermediate_size * max(1, config.experts_per_token),
+    }
+
+
+def free_ram() -> int:
+    """Bytes this process may still take: free RAM, or what its control group has left if that is less."""
+    return min([_free_physical(), *_free_in_cgroup()])
+
+
+def _free_physical() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return _FALLBACK_RAM
+
+
+def _free_in_cgroup() -> list[int]:
+    """A list of one number, or none if no limit is set (control groups v2)."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (root / "memory.max").read_text(), (root / "memory.current").read_text()
+        return [max(0, int(limit) - int(used))]  # an unlimited group says "max", which is no number
+    except (OSError, ValueError):
+        return []
