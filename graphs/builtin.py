@@ -39,9 +39,7 @@ def nano_batch_plan(operations: Sequence[Operation], dense_batch_size: int) -> P
         PlanError: ``dense_batch_size`` is less than 2.
     """
     if dense_batch_size < 2:
-        raise PlanError(
-            "dense_batch_size", f"must be at least 2 tokens to make 2 nano-batches, got {dense_batch_size}."
-        )
+        raise PlanError("dense_batch_size", f"must be at least 2 tokens to make 2 nano-batches, got {dense_batch_size}")
     names = [operation.name for operation in operations]
     lanes = [_lane(operation) for operation in operations]
     first = lanes.index("memory") if "memory" in lanes else len(lanes)

@@ -100,7 +100,7 @@ class PipelinePlan:
         fields = _Fields(_parse(text), "")
         version = fields.take("version", _integer)
         if version != FORMAT_VERSION:
-            raise PlanError("version", f"format {version} is unknown; this release reads format {FORMAT_VERSION}.")
+            raise PlanError("version", f"format {version} is unknown; this release reads format {FORMAT_VERSION}")
         plan = cls(
             name=fields.take("name", _string),
             dense_batch_size=fields.take("dense_batch_size", _integer),
@@ -135,7 +135,7 @@ def _parse(text: str) -> object:
         fields: dict[str, Any] = {}
         for name, value in pairs:
             if name in fields:
-                raise PlanError(_shown(name), "the field stands twice in one JSON object; it may stand once.")
+                raise PlanError(_shown(name), "the field stands twice in one JSON object; it may stand once")
             fields[name] = value
         return fields
 
@@ -143,13 +143,13 @@ def _parse(text: str) -> object:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise PlanError(place, f"the plan is not valid JSON ({error.msg}).") from None
+        raise PlanError(place, f"the plan is not valid JSON ({error.msg})") from None
     except RecursionError:
-        raise PlanError("plan", "the JSON is nested too deeply to be a plan.") from None
+        raise PlanError("plan", "the JSON is nested too deeply to be a plan") from None
     except PlanError:
         raise
     except ValueError:  # Python refuses integers of thousands of digits
-        raise PlanError("plan", "the JSON holds a number that is too long to be read.") from None
+        raise PlanError("plan", "the JSON holds a number that is too long to be read") from None
 
 
 # Readers of one value: (value, its path in the document) → what it stands for.
@@ -157,7 +157,7 @@ Reader = Callable[[object, str], Value]
 
 
 def _wrong(path: str, expected: str, value: object) -> PlanError:
-    return PlanError(path, f"must be {expected}, got {_shown(value)}.")
+    return PlanError(path, f"must be {expected}, got {_shown(value)}")
 
 
 def _shown(value: object) -> str:
@@ -249,13 +249,13 @@ class _Fields:
         self._known.append(name)
         if name not in self._left:
             if default is _REQUIRED:
-                raise PlanError(self._at(name), "the field is missing; it must be given.")
+                raise PlanError(self._at(name), "the field is missing; it must be given")
             return cast(Value, default)
         return read(self._left.pop(name), self._at(name))
 
     def finish(self) -> None:
         for name in self._left:
-            raise PlanError(self._at(_shown(name)), f"the field is unknown; known are {', '.join(self._known)}.")
+            raise PlanError(self._at(_shown(name)), f"the field is unknown; known are {', '.join(self._known)}")
 
     def _at(self, name: str) -> str:
         return f"{self._path}.{name}" if self._path else name

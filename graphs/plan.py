@@ -72,7 +72,7 @@ def load_plan(
     name = os.fspath(name_or_path)
     if name in BUILT_IN:
         if dense_batch_size is None:
-            raise PlanError("dense_batch_size", f'must be given for the built-in plan "{name}".')
+            raise PlanError("dense_batch_size", f'must be given for the built-in plan "{name}"')
         plan = BUILT_IN[name](operations, dense_batch_size)
         validate(plan, operations, gpu_sms=gpu_sms)
         return plan
@@ -82,7 +82,7 @@ def load_plan(
         if dense_batch_size is not None and plan.dense_batch_size != dense_batch_size:
             raise PlanError(
                 "dense_batch_size",
-                f"the plan is made for {plan.dense_batch_size} tokens, but {dense_batch_size} are asked for.",
+                f"the plan is made for {plan.dense_batch_size} tokens, but {dense_batch_size} are asked for",
             )
         validate(plan, operations, gpu_sms=gpu_sms)
     except PlanError as error:
@@ -92,13 +92,17 @@ def load_plan(
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise PlanError(str(path), f"is larger than a plan can be ({MAX_FILE_BYTES >> 20} MiB).")
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise PlanError(str(path), f"is neither a file nor a built-in plan ({', '.join(BUILT_IN)}).") from None
+        raise PlanError(str(path), f"is neither a file nor a built-in plan ({', '.join(BUILT_IN)})") from None
+    except OSError as error:
+        raise PlanError(str(path), f"cannot be read ({error.strerror})") from None
+    except ValueError as error:  # no operating system has such a path
+        raise PlanError(str(path), f"cannot be read ({error})") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise PlanError(str(path), f"is larger than a plan can be ({MAX_FILE_BYTES >> 20} MiB)")
+    try:
+        return data.decode()
     except UnicodeDecodeError:
-        raise PlanError(str(path), "is not UTF-8 text; a plan is a JSON file.") from None
-    except (OSError, ValueError) as error:  # ValueError: no operating system has such a path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise PlanError(str(path), f"cannot be read ({reason}).") from None
+        raise PlanError(str(path), "is not UTF-8 text; a plan is a JSON file") from None

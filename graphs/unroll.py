@@ -50,7 +50,7 @@ def unroll(
         PlanError: the plan does not fit the operations, or its streams wait for each other for ever.
     """
     if num_layers < 1:
-        raise PlanError("num_layers", f"must be at least 1, got {num_layers}.")
+        raise PlanError("num_layers", f"must be at least 1, got {num_layers}")
     check_parts(plan, operations)
     return _Unrolling(plan, operations, num_layers).run(interleave)
 
@@ -162,10 +162,10 @@ class _Unrolling:
             assert missing is not None
             return PlanError(
                 f"streams[{stream}]",
-                f"{self.tell(self.head(stream))} waits for {self.tell(missing)}, which the stream runs later.",
+                f"{self.tell(self.head(stream))} waits for {self.tell(missing)}, which the stream runs later",
             )
         links = [self.link(s, then) for s, then in zip(circle, [*circle[1:], circle[0]], strict=True)]
-        return PlanError("streams", f"they wait for each other for ever: {'; '.join(links)}.")
+        return PlanError("streams", f"they wait for each other for ever: {'; '.join(links)}")
 
     def link(self, stream: int, then: int) -> str:
         """What the head of ``stream`` waits for, and behind which head of stream ``then`` that stands."""

@@ -10,7 +10,7 @@ from nf.graphs.pipeline_plan import PipelinePlan
 from nf.models.operations import Operation
 
 MAX_DENSE_BATCH_SIZE = 1 << 20
-MAX_NANO_BATCHES = 64  # the bounds keep a plan that someone else wrote from costing more than a second to check
+MAX_NANO_BATCHES = 64  # the bounds keep a plan that someone else wrote from taking more than seconds to check
 MAX_STREAMS = 16
 MAX_LAG = 16
 MAX_PRIORITY = 16  # either way; a driver clamps it to the few it has
@@ -33,41 +33,41 @@ def check_parts(plan: PipelinePlan, operations: Sequence[Operation], *, gpu_sms:
 def _check_nano_batches(plan: PipelinePlan) -> None:
     tokens = plan.dense_batch_size
     if not 1 <= tokens <= MAX_DENSE_BATCH_SIZE:
-        raise PlanError("dense_batch_size", f"must be 1 to {MAX_DENSE_BATCH_SIZE} tokens, got {tokens}.")
+        raise PlanError("dense_batch_size", f"must be 1 to {MAX_DENSE_BATCH_SIZE} tokens, got {tokens}")
     if not 1 <= len(plan.nano_batches) <= MAX_NANO_BATCHES:
-        raise PlanError("nano_batches", f"must be 1 to {MAX_NANO_BATCHES} token ranges, got {len(plan.nano_batches)}.")
+        raise PlanError("nano_batches", f"must be 1 to {MAX_NANO_BATCHES} token ranges, got {len(plan.nano_batches)}")
     for index, (start, stop) in enumerate(plan.nano_batches):
         if not 0 <= start < stop <= tokens:
             raise PlanError(
                 f"nano_batches[{index}]",
-                f"[{start}, {stop}) is not a range of at least one token within the dense batch [0, {tokens}).",
+                f"[{start}, {stop}) is not a range of at least one token within the dense batch [0, {tokens})",
             )
 
 
 def _check_streams(plan: PipelinePlan, gpu_sms: int | None) -> None:
     if not 1 <= len(plan.streams) <= MAX_STREAMS:
-        raise PlanError("streams", f"must be 1 to {MAX_STREAMS} streams, got {len(plan.streams)}.")
+        raise PlanError("streams", f"must be 1 to {MAX_STREAMS} streams, got {len(plan.streams)}")
     names: set[str] = set()
     for index, stream in enumerate(plan.streams):
         if not stream.name:
-            raise PlanError(f"streams[{index}].name", "must not be empty.")
+            raise PlanError(f"streams[{index}].name", "must not be empty")
         if stream.name in names:
-            raise PlanError(f"streams[{index}].name", f'"{stream.name}" names two streams; each needs its own name.')
+            raise PlanError(f"streams[{index}].name", f'"{stream.name}" names two streams; each needs its own name')
         names.add(stream.name)
         if not stream.nano_operations:
-            raise PlanError(f"streams[{index}].nano_operations", "must hold at least one nano-operation.")
+            raise PlanError(f"streams[{index}].nano_operations", "must hold at least one nano-operation")
         if not -MAX_PRIORITY <= stream.priority <= MAX_PRIORITY:
             raise PlanError(
-                f"streams[{index}].priority", f"must be -{MAX_PRIORITY} to {MAX_PRIORITY}, got {stream.priority}."
+                f"streams[{index}].priority", f"must be -{MAX_PRIORITY} to {MAX_PRIORITY}, got {stream.priority}"
             )
         if stream.sms != "all" and stream.sms < 1:
-            raise PlanError(f"streams[{index}].sms", f'must be at least 1 SM or "all", got {stream.sms}.')
+            raise PlanError(f"streams[{index}].sms", f'must be at least 1 SM or "all", got {stream.sms}')
         if stream.sms != "all" and gpu_sms is not None and stream.sms > gpu_sms:
-            raise PlanError(f"streams[{index}].sms", f"asks for {stream.sms} SMs of a GPU that has {gpu_sms}.")
+            raise PlanError(f"streams[{index}].sms", f"asks for {stream.sms} SMs of a GPU that has {gpu_sms}")
     # Numbered streams are disjoint partitions, held all the time; an "all" stream shares the SMs with every other.
     partitioned = sum(stream.sms for stream in plan.streams if stream.sms != "all")
     if gpu_sms is not None and partitioned > gpu_sms:
-        raise PlanError("streams", f"their partitions ask for {partitioned} SMs together, but the GPU has {gpu_sms}.")
+        raise PlanError("streams", f"their partitions ask for {partitioned} SMs together, but the GPU has {gpu_sms}")
 
 
 def _check_nano_operations(plan: PipelinePlan, known: set[str]) -> None:
@@ -78,17 +78,17 @@ def _check_nano_operations(plan: PipelinePlan, known: set[str]) -> None:
             if item.operation not in known:
                 raise PlanError(
                     f"{path}.operation",
-                    f'"{item.operation}" is not an operation of the model; it has {", ".join(sorted(known))}.',
+                    f'"{item.operation}" is not an operation of the model; it has {", ".join(sorted(known))}',
                 )
             if not 0 <= item.nano_batch < len(plan.nano_batches):
                 raise PlanError(
                     f"{path}.nano_batch",
-                    f"must be the index of one of the {len(plan.nano_batches)} nano-batches, got {item.nano_batch}.",
+                    f"must be the index of one of the {len(plan.nano_batches)} nano-batches, got {item.nano_batch}",
                 )
             if not 0 <= item.lag <= MAX_LAG:
-                raise PlanError(f"{path}.lag", f"must be 0 to {MAX_LAG} rounds, got {item.lag}.")
+                raise PlanError(f"{path}.lag", f"must be 0 to {MAX_LAG} rounds, got {item.lag}")
             if (item.operation, item.nano_batch) in seen:
-                raise PlanError(path, f"{item.operation} of nano-batch {item.nano_batch} is in the plan twice.")
+                raise PlanError(path, f"{item.operation} of nano-batch {item.nano_batch} is in the plan twice")
             seen.add((item.operation, item.nano_batch))
 
 
@@ -98,14 +98,14 @@ def _check_coverage(plan: PipelinePlan, operation: str) -> None:
         item.nano_batch for stream in plan.streams for item in stream.nano_operations if item.operation == operation
     ]
     if not used:
-        raise PlanError("streams", f"{operation} is in no stream; every operation of the model must run.")
+        raise PlanError("streams", f"{operation} is in no stream; every operation of the model must run")
     reached = 0
     for start, stop in (*sorted(plan.nano_batches[index] for index in used), (plan.dense_batch_size,) * 2):
         if start > reached:
-            raise PlanError("streams", f"no nano-operation of {operation} covers tokens [{reached}, {start}).")
+            raise PlanError("streams", f"no nano-operation of {operation} covers tokens [{reached}, {start})")
         if start < reached:
             raise PlanError(
-                "streams", f"two nano-operations of {operation} cover tokens [{start}, {min(stop, reached)})."
+                "streams", f"two nano-operations of {operation} cover tokens [{start}, {min(stop, reached)})"
             )
         reached = stop
 
@@ -114,4 +114,4 @@ def _check_all_used(plan: PipelinePlan) -> None:
     uses = Counter(item.nano_batch for stream in plan.streams for item in stream.nano_operations)
     for index, (start, stop) in enumerate(plan.nano_batches):
         if not uses[index]:
-            raise PlanError(f"nano_batches[{index}]", f"no nano-operation uses the tokens [{start}, {stop}).")
+            raise PlanError(f"nano_batches[{index}]", f"no nano-operation uses the tokens [{start}, {stop})")

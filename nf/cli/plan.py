@@ -1,0 +1,107 @@
+"""``nf plan``: look at a pipeline plan, and check one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from nf.cli.parser import add_common_options
+
+if TYPE_CHECKING:  # the commands import what they need when they run
+    from nf.models.operations import Operation
+
+_DESCRIPTION = """\
+A pipeline plan says which nano-operation (an operation of a layer on a part of the dense batch) runs
+when, and on which stream. What has to wait for what is derived from the model's operations.
+"""
+
+_EXAMPLES = """\
+examples:
+  nf plan show nano-batch                       one round of the plan with two nano-batches
+  nf plan show nano-batch --layers 3            every round of a model with three layers
+  nf plan show nano-batch --json > mine.json    a plan to start from
+  nf plan validate mine.json --gpu-sms 132
+"""
+
+_SHOW_EXAMPLES = """\
+examples:
+  nf plan show sequential --model ./mixtral
+  nf plan show nano-batch --dense-batch-size 512 --layers 2
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``plan`` with its commands ``show`` and ``validate``."""
+    parser = subparsers.add_parser("plan", help="show or check a pipeline plan", description=_DESCRIPTION)
+    parser.epilog = _EXAMPLES
+    commands = parser.add_subparsers(dest="plan_command", metavar="COMMAND", title="commands", required=True)
+
+    show = commands.add_parser("show", help="print what runs when", description="Print a plan as a timeline.")
+    show.epilog = _SHOW_EXAMPLES
+    show.add_argument("plan", metavar="PLAN", help="sequential, nano-batch, or a JSON file")
+    _add_model(show)
+    show.add_argument("--layers", type=int, metavar="N", help="show every round of N layers (default: a typical round)")
+    show.add_argument(
+        "--dense-batch-size", type=int, metavar="N", help="tokens per step (default: 2048, or the file's own)"
+    )
+    show.add_argument("--json", action="store_true", help="print the plan as JSON")
+    add_common_options(show)
+
+    check = commands.add_parser(
+        "validate",
+        help="check a plan file",
+        description="Check that a plan runs every operation on every token once and cannot deadlock.",
+    )
+    check.add_argument("file", metavar="FILE", help="JSON file")
+    _add_model(check)
+    check.add_argument("--gpu-sms", type=int, metavar="N", help="SMs the plan's partitions must fit into")
+    add_common_options(check)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="MODEL", help="whose operations to plan (default: the bundled model)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``nf plan …``; a plan that is not valid is a PlanError."""
+    return _show(args) if args.plan_command == "show" else _validate(args)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from nf.cli.timeline import timeline
+    from nf.config import EngineConfig
+    from nf.errors import InputError
+    from nf.graphs.plan import BUILT_IN, load_plan
+
+    if args.layers is not None and not 1 <= args.layers <= 1000:
+        raise InputError("--layers", f"must be 1 to 1000, got {args.layers}")
+    size = args.dense_batch_size
+    if size is None and args.plan in BUILT_IN:
+        size = EngineConfig().max_num_batched_tokens
+    operations = _operations(args.model)
+    plan = load_plan(args.plan, operations, size)
+    print(plan.to_json() if args.json else timeline(plan, operations, args.layers), end="")
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from nf.errors import InputError
+    from nf.graphs.plan import load_plan
+
+    if args.gpu_sms is not None and args.gpu_sms < 1:
+        raise InputError("--gpu-sms", f"must be at least 1, got {args.gpu_sms}")
+    plan = load_plan(args.file, _operations(args.model), gpu_sms=args.gpu_sms)
+    count = sum(len(stream.nano_operations) for stream in plan.streams)
+    print(
+        f'valid: plan "{plan.name}" runs {count} nano-operations per layer on {len(plan.streams)} stream(s), '
+        f"{plan.dense_batch_size} tokens in {len(plan.nano_batches)} nano-batch(es)"
+    )
+    return 0
+
+
+def _operations(model: str | None) -> tuple[Operation, ...]:
+    from nf.hub import BUNDLED_MODEL, resolve_model
+    from nf.models.hf_config import read_config
+    from nf.models.registry import declare
+
+    return declare(read_config(resolve_model(model or BUNDLED_MODEL))).operations
