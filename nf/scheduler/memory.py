@@ -39,8 +39,8 @@ class OutputLength:
         Output lengths spread about as widely as their mean (table 4), so one that has outlived the average is
         expected to go on: for half an average more.
         """
-        expected = np.maximum(self.average, decoded + self.average / 2)
-        return np.minimum(np.ceil(expected).astype(np.int64), most)
+        expected: Int64 = np.ceil(np.maximum(self.average, decoded + self.average / 2)).astype(np.int64)
+        return np.minimum(expected, most)
 
 
 def predict_peak(tokens: Int64, remaining: Int64, page_size: int) -> int:

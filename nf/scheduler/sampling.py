@@ -28,6 +28,10 @@ class Bias:
     values: Float32
 
 
+def _bias(values: dict[int, float]) -> Bias:
+    return Bias(np.array(list(values), np.int32), np.array(list(values.values()), np.float32))
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLists:
     """The ragged parameters of one request. Most requests have none."""
@@ -61,6 +65,9 @@ class TokenLists:
         return self.bias_before if num_outputs < self.min_tokens else self.bias
 
 
+NO_LISTS = TokenLists(0, _bias({}), _bias({}), np.zeros(0, np.int32), ())
+
+
 class SamplingTable:
     """Sampling parameters of the sequences, arrays over slots."""
 
@@ -72,7 +79,7 @@ class SamplingTable:
         self.logprobs: Int32 = np.zeros(num_slots, np.int32)
         self.prompt_logprobs: Int32 = np.zeros(num_slots, np.int32)  # -1: not asked for
         self.has_lists: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
-        self.lists: list[TokenLists | None] = [None] * num_slots
+        self.lists: list[TokenLists] = [NO_LISTS] * num_slots
 
     def put(self, slot: int, request: Request, index: int, lists: TokenLists) -> None:
         """Give a slot the parameters of a request's continuation ``index``."""
@@ -106,7 +113,7 @@ class SamplingTable:
     def _ragged(self, slots: Slots, num_outputs: Int64) -> dict[str, Any]:
         """The lists of the few rows that have some, in CSR form."""
         rows = np.flatnonzero(self.has_lists[slots])
-        lists = [found for slot in slots[rows].tolist() if (found := self.lists[slot]) is not None]
+        lists = [self.lists[slot] for slot in slots[rows].tolist()]
         biases = [found.bias_at(count) for found, count in zip(lists, num_outputs[rows].tolist(), strict=True)]
         words = [word for found in lists for word in found.bad_words]
 
@@ -127,10 +134,6 @@ class SamplingTable:
         }
 
 
-def _bias(values: dict[int, float]) -> Bias:
-    return Bias(np.array(list(values), np.int32), np.array(list(values.values()), np.float32))
-
-
 def _indptr(counts: Sequence[int] | Int32) -> Int32:
     indptr = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=indptr[1:])
@@ -138,7 +141,8 @@ def _indptr(counts: Sequence[int] | Int32) -> Int32:
 
 
 def _concatenate(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype), *parts])
+    filled = [part for part in parts if len(part)]
+    return np.concatenate(filled) if filled else np.zeros(0, dtype)
 
 
 def _no_lists(num_rows: int) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class State:
         # Of a PREEMPTED sequence the row holds host pages. No sequence can have more pages than there are.
         width = min(pages_for(config.max_model_len, config.page_size), config.num_pages)
         self.page_table: Int32 = np.zeros((num_slots, width), np.int32)
+        self._numbers: Int64 = np.zeros(0, np.int64)
         self.sampling = SamplingTable(num_slots)
         self.requests: list[Request | None] = [None] * num_slots
         self.owners: list[tuple[str, int] | None] = [None] * num_slots
@@ -101,8 +102,14 @@ class State:
         ends = np.cumsum(counts)
         starts = slots * self.page_table.shape[1] - (ends - counts)
         flat = np.repeat(starts, counts)
-        flat += np.arange(len(flat))
+        flat += self._iota(len(flat))
         return self.page_table.ravel().take(flat)
+
+    def _iota(self, count: int) -> Int64:
+        """0 … count-1, kept from step to step: so long an array takes longer to make than to read."""
+        if count > len(self._numbers):
+            self._numbers = np.arange(2 * count)
+        return self._numbers[:count]
 
     def check(self) -> None:
         """Assert what holds between any two calls: page accounting, ages and the relation of the counters."""
