@@ -190,11 +190,12 @@ class Driver:
         assert not self.scheduler._state.status.any()
 
     def _decide(self) -> Decision:
-        """Decide twice and hold that deciding changes nothing."""
-        before = fingerprint(self.scheduler._state)
+        """Decide; every few steps decide twice and hold that deciding changes nothing."""
+        before = fingerprint(self.scheduler._state) if self.scheduler.counters.steps % 4 == 0 else None
         decision = self.scheduler.schedule()
-        assert fingerprint(decision) == fingerprint(self.scheduler.schedule())
-        assert fingerprint(self.scheduler._state) == before
+        if before is not None:
+            assert fingerprint(decision) == fingerprint(self.scheduler.schedule())
+            assert fingerprint(self.scheduler._state) == before
         decoding = set(np.flatnonzero(self.scheduler._state.status == Status.DECODE).tolist())
         assert decoding <= set(decision.decodes.tolist()) | set(decision.preempted.tolist()), "a decode was left out"
         return decision
