@@ -147,9 +147,6 @@ def test_weights_outlive_their_files(model_dir: Path) -> None:
     np.testing.assert_array_equal(weights.embed, expected)
 
 
-# --- what can be wrong ---------------------------------------------------------------------------------------------
-
-
 def refused(directory: Path, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load_weights(declared(directory), directory, FLOAT32)
@@ -252,9 +249,6 @@ def test_pickled_weights_are_refused(model_dir: Path) -> None:
 def test_no_weights_at_all(model_dir: Path) -> None:
     (model_dir / "model.safetensors").unlink()
     refused(model_dir, r"holds neither model\.safetensors nor model\.safetensors\.index\.json")
-
-
-# --- shards --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
