@@ -1,7 +1,7 @@
 """Which nano-operation must wait for which: derived from what operations read and write, never written by hand.
 
 Two nano-operations depend on each other only if their operations do and their token ranges intersect (NanoFlow, arXiv
-2408.12757, section 4.1). Operations do if one writes a buffer that the other reads or writes, and they touch rows of
+2408.12757). Operations do if one writes a buffer that the other reads or writes, and they touch rows of
 the same kind. The one that comes first in logical order (layer by layer, in the order of declaration) goes first.
 """
 
