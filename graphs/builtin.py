@@ -32,7 +32,8 @@ def nano_batch_plan(operations: Sequence[Operation], dense_batch_size: int) -> P
         memory  │ decode attention 1, layer r−1         │ decode attention 0, layer r
 
     so each decode attention has a whole layer's GEMMs beside it, and the compute stream never waits if it is shorter
-    than they are. This is the order NanoFlow publishes for an 8B model on one GPU (arXiv 2408.12757).
+    than they are. It follows NanoFlow's pipeline for an 8B model on one GPU (arXiv 2408.12757), but keeps prefill
+    attention, which is compute-bound, with the GEMMs.
     Collectives, where a model has them, get a third stream.
 
     Raises:
