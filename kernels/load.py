@@ -1,0 +1,162 @@
+"""Loading compiled kernels and launching them on an explicit stream.
+
+Launches go through ctypes: nothing is allocated, a few µs of host time, the same call inside a graph capture or not.
+A loaded kernel keeps the cells of its arguments, so one thread launches it at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+from nf.errors import NfError
+from nf.kernels.compile import Artifact
+from nf.kernels.source import LAUNCHER, ParameterKind
+
+_CELLS: dict[ParameterKind, Any] = {
+    "pointer": ctypes.c_uint64,
+    "int32": ctypes.c_int32,
+    "int64": ctypes.c_int64,
+    "float32": ctypes.c_float,
+    "tensor_map": ctypes.c_ubyte * 128,
+}
+
+
+class LaunchError(NfError, RuntimeError):
+    """The driver refused to load or to launch a kernel."""
+
+
+class CuteKernel:
+    """A CuTe DSL kernel with its own host launcher: grid, clusters and TMA descriptors are the launcher's business."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.name = artifact.source.name
+        _load_runtime()
+        library = ctypes.CDLL(str(artifact.path))
+        mangled = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, f"{LAUNCHER}_function_name")))
+        self._launch = library[f"_mlir_{LAUNCHER}__mlir_ciface_{mangled.decode()}"]
+        self._status = ctypes.c_int32()
+        self._cells = [_CELLS[kind]() for kind in artifact.source.parameters]
+        self._stream = ctypes.c_void_p()
+        self._arguments = _addresses(*self._cells, self._stream, self._status)
+        # Load the embedded cubin now, so that no launch or capture has to.
+        module = ctypes.c_void_p()
+        where = ctypes.c_void_p(ctypes.addressof(module))
+        library[f"_mlir_{LAUNCHER}_cuda_init"](_addresses(where, self._status))
+        self._check("loading")
+        device = ctypes.c_int32(_current_device())
+        library[f"_mlir_{LAUNCHER}_cuda_load_to_device"](_addresses(where, device, self._status))
+        self._check("loading")
+
+    def __call__(self, *values: int | float, stream: int) -> None:
+        """Launch with one value per parameter of the source (pointers as integers) on ``stream``.
+
+        Raises:
+            LaunchError: the driver refused.
+        """
+        for cell, value in zip(self._cells, values, strict=True):
+            cell.value = value
+        self._stream.value = stream
+        self._launch(self._arguments, len(self._arguments))
+        if self._status.value:
+            self._check("launching")
+
+    def _check(self, doing: str) -> None:
+        if self._status.value:
+            raise LaunchError(f"{self.name}: {doing} it failed with CUDA error {self._status.value}")
+
+
+class CudaKernel:
+    """A CUDA C++ kernel from a cubin; the caller chooses grid, block and shared memory."""
+
+    def __init__(self, artifact: Artifact, *, shared_bytes: int = 0) -> None:
+        from cuda.bindings import driver
+
+        self.name = artifact.source.name
+        self.shared_bytes = shared_bytes
+        self._library = _checked(driver.cuLibraryLoadFromFile(str(artifact.path).encode(), [], [], 0, [], [], 0))
+        kernel = _checked(driver.cuLibraryGetKernel(self._library, artifact.source.entry.encode()))
+        self._kernel = int(kernel)
+        if shared_bytes > 48 * 1024:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, _current_device()))
+        self._cells = [_CELLS[kind]() for kind in artifact.source.parameters]
+        self._arguments = _addresses(*self._cells)
+        self._config = _LaunchConfig()
+        self._pdl = (_LaunchAttribute * 1)(_LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,)))
+
+    def __call__(self, *values: int | float, grid: int, block: int, stream: int, pdl: bool = False) -> None:
+        """Launch ``grid`` CTAs of ``block`` threads; ``pdl`` lets it start before the kernel before it has ended.
+
+        Raises:
+            LaunchError: the driver refused.
+        """
+        for cell, value in zip(self._cells, values, strict=True):
+            cell.value = value
+        config = self._config
+        config.grid_x, config.block_x, config.shared_bytes, config.stream = grid, block, self.shared_bytes, stream
+        config.attributes, config.num_attributes = (self._pdl, 1) if pdl else (None, 0)
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(self._kernel), self._arguments, None)
+        if status:
+            raise LaunchError(f"{self.name}: launching it failed with CUDA error {status}")
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, 4 bytes of padding, a value of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int32), ("padding", ctypes.c_int32), ("value", ctypes.c_int32 * 16))
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig; the unused dimensions are 1."""
+
+    _fields_ = (
+        ("grid_x", ctypes.c_uint32),
+        ("grid_y", ctypes.c_uint32),
+        ("grid_z", ctypes.c_uint32),
+        ("block_x", ctypes.c_uint32),
+        ("block_y", ctypes.c_uint32),
+        ("block_z", ctypes.c_uint32),
+        ("shared_bytes", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint32),
+    )
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, 1, 1, 1, 1)
+
+
+def _addresses(*cells: Any) -> Any:
+    return (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if int(status):
+        raise LaunchError(f"the CUDA driver answered {status.name}")
+    return values[0] if values else None
+
+
+def _current_device() -> int:
+    from cuda.bindings import driver
+
+    return int(_checked(driver.cuCtxGetDevice()))
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _load_runtime() -> None:
+    """The launchers leave the CUDA runtime's symbols to be found among the global ones."""
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    path = load_nvidia_dynamic_lib("cudart").abs_path
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)

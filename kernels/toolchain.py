@@ -1,0 +1,66 @@
+"""The two compilers: CuTe DSL → shared library with a host launcher, CUDA C++ → cubin through NVRTC."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from nf.kernels.source import HERE, LAUNCHER, KernelSource
+
+
+def compile_source(source: KernelSource, arch: str) -> bytes:
+    """Compile one kernel for ``arch``; returns the bytes of a .so ("cute") or a cubin ("cuda")."""
+    return _compile_cute(source, arch) if source.language == "cute" else _compile_cuda(source, arch)
+
+
+def _compile_cuda(source: KernelSource, arch: str) -> bytes:
+    from cuda.core import Program, ProgramOptions
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    include = find_nvidia_header_directory("cudart")
+    if include is None:
+        raise RuntimeError("the CUDA headers are missing; install nvidia-cuda-runtime")
+    options = ProgramOptions(
+        name=source.files[0],
+        arch=arch,
+        std="c++17",
+        include_path=[include, str(HERE)],
+        define_macro=list(source.definitions.items()),
+    )
+    code = Program((HERE / source.files[0]).read_text(), "c++", options).compile("cubin").code
+    assert isinstance(code, bytes)
+    return code
+
+
+def _compile_cute(source: KernelSource, arch: str) -> bytes:
+    linker = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if linker is None:
+        raise RuntimeError("linking a kernel's launcher needs a C compiler; install gcc or set CC")
+    library = _dsl_library()
+    import cutlass.cute as cute
+
+    function, arguments = source.build()
+    compiled: Any = cute.compile(function, *arguments, options=f"--gpu-arch {arch}")
+    with tempfile.TemporaryDirectory() as scratch:
+        compiled.export_to_c(scratch, "kernel", function_prefix=LAUNCHER)
+        out = Path(scratch, "kernel.so")
+        runtime = library / "libcuda_dialect_runtime_static.a"
+        command = [linker, "-shared", "-o", str(out), f"{scratch}/kernel.o", str(runtime)]
+        subprocess.run([*command, "-Wl,-Bsymbolic,--gc-sections"], check=True, capture_output=True)
+        return out.read_bytes()
+
+
+@functools.cache
+def _dsl_library() -> Path:
+    """The DSL's native libraries. Its runtime must be loaded globally before an export where there is no libcuda."""
+    import cutlass
+
+    library = Path(str(cutlass.__file__)).parents[2] / "cu13" / "lib"
+    ctypes.CDLL(str(library / "libcute_dsl_runtime.so"), mode=ctypes.RTLD_GLOBAL)
+    return library
