@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from nf.cli.options import (
     add_engine_options,
     add_sampling_options,
     engine_options,
+    named_by_flag,
     sampling_options,
 )
 from nf.errors import InputError
@@ -115,36 +115,43 @@ def _run(
     options: dict[str, Any],
     given: dict[str, Any],
 ) -> int:
+    import asyncio
+
     from nf.cli.batch import BatchRun, Defaults
     from nf.cli.progress import Progress
-    from nf.config import EngineConfig
     from nf.llm import AsyncLLM
 
-    model = AsyncLLM(args.model, **options)
-    seed = given.pop("seed", 0)
-    base = model.inputs.default_params
-    params = base.with_(**{"max_tokens": DEFAULT_MAX_TOKENS} | given)
+    with named_by_flag():
+        model = AsyncLLM(args.model, **options)
     sink = _sink(args, file)
-    limit = 2 * options.get("max_num_seqs", EngineConfig().max_num_seqs)
     progress = Progress(total=source.total, bar=_wants_bar(args))
-    batch = BatchRun(model, sink, progress, Defaults(params, seed, args.chat, args.system), limit=limit)
+    quiet = args.quiet
 
-    async def run_and_close() -> None:
+    async def work() -> int | None:
         try:
+            with named_by_flag():
+                params = model.inputs.default_params.with_(**{"max_tokens": DEFAULT_MAX_TOKENS} | given)
+            defaults = Defaults(params.with_(seed=None), given.get("seed", 0), args.chat, args.system)
+            # As many again as can run wait, so that the dense batch is always full.
+            batch = BatchRun(model, sink, progress, defaults, limit=2 * model.loaded.config.max_num_seqs)
             await batch.run(source)
+            return batch.stopped_by
         finally:
             await model.close()
 
     try:
-        asyncio.run(run_and_close())
+        stopped_by = asyncio.run(work())
+    except BrokenPipeError:
+        quiet = True  # whoever read the results has gone
+        raise
     finally:
         progress.close()
         sink.close()
-        if not args.quiet:
+        if progress.worked and not quiet:
             print(f"nf generate: {progress.summary()}", file=sys.stderr)
-    if batch.stopped_by is not None:
+    if stopped_by is not None:
         print(f"nf generate: {_stopped(args, progress.finished)}", file=sys.stderr)
-        return 128 + batch.stopped_by
+        return 128 + stopped_by
     return 1 if progress.failed else 0
 
 

@@ -96,4 +96,5 @@ def _prepare_streams() -> None:
 def _discard_stdout() -> None:
     """Point stdout at /dev/null, so that Python's own flush at exit does not meet the closed pipe again."""
     with suppress(OSError, ValueError):  # stdout is no file (a test's buffer)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stdout = sys.stdout.fileno()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)

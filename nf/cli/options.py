@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, get_args
 
 from nf.config import Device, DType
@@ -57,7 +58,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=get_args(DType),
         metavar="NAME",
-        help="auto (as saved), bfloat16, float16 or float32",
+        help="auto, bfloat16, float16 or float32",
     )
     _number(group, "--max-model-len", _integer, "N", "most tokens of prompt and text together")
     _number(group, "--max-num-seqs", _integer, "N", "most sequences running at a time")
@@ -66,6 +67,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 ENGINE_OPTIONS = ("device", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "plan")
+_FLAGS = frozenset({*ENGINE_OPTIONS, *SamplingParams.__dataclass_fields__, "chat_template"})
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in ENGINE_OPTIONS if getattr(args, name) is not None}
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         if given.get(name, 1) < 1:
-            raise InputError(_flag(name), f"must be at least 1, not {given[name]}")
+            raise InputError(f"--{name.replace('_', '-')}", f"must be at least 1, not {given[name]}")
     return given
 
 
@@ -85,15 +87,21 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     names = SamplingParams.__dataclass_fields__
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    try:
+    with named_by_flag():
         SamplingParams.from_dict({"temperature": 1.0, "max_tokens": None} | given)
-    except InputError as error:
-        raise InputError(_flag(error.field), str(error).removeprefix(f"{error.field}: ")) from None
     return given
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+@contextmanager
+def named_by_flag() -> Iterator[None]:
+    """Errors about a parameter name the flag that sets it."""
+    try:
+        yield
+    except InputError as error:
+        if error.field not in _FLAGS:
+            raise
+        message = str(error).removeprefix(f"{error.field}: ")
+        raise type(error)(f"--{error.field.replace('_', '-')}", message) from error
 
 
 def _number(group: _Group, flag: str, type_: Callable[[str], float], metavar: str, help_: str) -> None:

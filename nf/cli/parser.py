@@ -42,7 +42,8 @@ class CommandParser(argparse.ArgumentParser):
         self._positionals.title = "arguments"
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {_tidy(message)}; see {self.prog} --help\n")
+        end = "" if message.endswith("?") else f"; see {self.prog} --help"
+        self.exit(2, f"{self.prog}: {_tidy(message)}{end}\n")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """As parse_args, but an unknown option is answered with the nearest ones of its own command."""
@@ -55,7 +56,7 @@ class CommandParser(argparse.ArgumentParser):
     def suggest(self, option: str) -> str:
         """ "; did you mean …?" for a misspelt option, or nothing."""
         known = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
-        near = difflib.get_close_matches(option.split("=")[0], known, n=2)
+        near = difflib.get_close_matches(option.split("=")[0], known, n=2, cutoff=0.75)
         return f"; did you mean {' or '.join(near)}?" if near else ""
 
     def _command(self, name: str | None) -> CommandParser:

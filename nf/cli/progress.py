@@ -60,6 +60,11 @@ class Progress:
         """A request was finished by an earlier run."""
         self._advance()
 
+    @property
+    def worked(self) -> bool:
+        """Whether there is anything to sum up."""
+        return self.finished + self.failed > 0 or self.tokens_out > 0
+
     @contextmanager
     def hidden(self) -> Iterator[None]:
         """Take the bar off the screen while something else is printed there."""

@@ -61,7 +61,8 @@ class TextPrompts:
         for number, text in enumerate(texts, 1):
             if not _encodable(text):
                 raise InputError("-p", f"prompt {number} is not valid UTF-8")
-        self.jobs = [Job(i, f"-p prompt {i + 1}", {"prompt": text}) for i, text in enumerate(texts)]
+        names = ["-p"] if len(texts) == 1 else [f"-p prompt {number}" for number in range(1, len(texts) + 1)]
+        self.jobs = [Job(i, names[i], {"prompt": text}) for i, text in enumerate(texts)]
         self.total: int | None = len(texts)
 
     async def read(self) -> AsyncIterator[Job]:
@@ -88,6 +89,7 @@ class PromptsFile:
         self._fd = self._file.fileno()
         self.total = _count_lines(self._fd)
         if self.total == 0:
+            self.close()
             raise self._empty()
 
     async def read(self) -> AsyncIterator[Job]:
@@ -144,12 +146,8 @@ def _parse_object(value: Any, index: int, where: str) -> Job:
     for name in value:
         if name not in _FIELDS:
             near = difflib.get_close_matches(name, _FIELDS, n=2)
-            hint = (
-                f"; did you mean {' or '.join(near)}?"
-                if near
-                else f"; one of {', '.join(_FIELDS[:5])} or a sampling parameter"
-            )
-            raise InputError(name, f"is not a field of a prompt{hint}")
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(_FIELDS)}"
+            raise InputError(name, f"is not a field of a prompt; {hint}")
     given = [name for name in _SOURCES if value.get(name) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"

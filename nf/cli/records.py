@@ -82,9 +82,9 @@ class ResultsFile:
     """
 
     def __init__(self, path: str, *, overwrite: bool = False) -> None:
-        self.path = os.path.realpath(path)
+        self._regular = os.path.isfile(path) or not os.path.exists(path)
+        self.path = os.path.realpath(path) if self._regular else path
         self._prompts: dict[str | int, bytes] = {}  # key of a finished job → fingerprint of its prompt
-        self._regular = os.path.isfile(self.path) or not os.path.exists(self.path)
         self._fd = self._open()
         if self._regular:
             try:

@@ -1,0 +1,143 @@
+"""The frame of the command line: help, versions, unknown words, exit codes, tracebacks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+import nf
+import nf.cli.info
+from nf.cli import main
+from nf.cli.main import build_parser
+from nf.errors import EngineError, InputError
+
+
+def exits(argv: list[str]) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["info", "--help"]])
+def test_help_fits_100_columns_and_has_examples(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert exits(argv) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    assert "examples:" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exits(["--version"]) == 0
+    assert capsys.readouterr().out == f"nf {nf.__version__}\n"
+
+
+def test_help_needs_none_of_the_heavy_modules() -> None:
+    code = "import sys; from nf.cli.main import build_parser; build_parser().format_help(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"numpy", "tokenizers", "asyncio", "tqdm", "json", "importlib.metadata"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["generate", "-p", "x", "--temprature", "1"], "--temprature: unknown option; did you mean --temperature?\n"),
+        (["generate", "-p", "x", "--zzz"], "nf generate: --zzz: unknown option; see nf generate --help\n"),
+        (["generate", "m", "-p", "x", "more"], "nf generate: more: unknown argument; see nf generate --help\n"),
+        (["generate", "-p", "x", "--temp", "1"], "--temp: unknown option"),
+        (["generate", "-p", "x", "--top-k", "many"], "--top-k: must be an integer, not 'many'"),
+        (["generate", "-p", "x", "--min-p", "many"], "--min-p: must be a number, not 'many'"),
+        (["generate", "-p", "x", "--stop-token-ids", "a"], "--stop-token-ids: takes token ids such as 13,198"),
+        (["generate", "-p", "x", "--logit-bias", "5"], "--logit-bias: takes pairs such as 13:-100"),
+        (["generate", "-p", "x", "--device", "tpu"], "--device: invalid choice: 'tpu'"),
+        (["generate", "-p"], "--prompt: expected one argument"),
+        (["genrate"], "invalid choice: 'genrate'"),
+    ],
+)
+def test_wrong_words_are_one_sentence_and_exit_code_2(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exits(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_no_command_shows_the_help_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "commands:" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (InputError("--x", "must be y"), 2, "nf info: --x: must be y\n"),
+        (EngineError("the engine failed: why"), 1, "nf info: the engine failed: why\n"),
+        (FileNotFoundError(2, "No such file or directory", "/f"), 1, "nf info: /f: No such file or directory\n"),
+        (MemoryError(), 1, "nf info: out of memory; a smaller"),
+        (ZeroDivisionError("oh"), 1, "nf info: unexpected ZeroDivisionError: oh (--debug shows where)\n"),
+        (KeyboardInterrupt(), 130, "nf: stopped\n"),
+        (BrokenPipeError(), 141, ""),
+    ],
+)
+def test_errors_become_a_sentence_and_a_code(
+    error: BaseException,
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nf.cli.info, "run", raising(error))
+    assert main(["info"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(said)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("argv", [["--debug", "info"], ["info", "--debug"]])
+def test_debug_shows_the_traceback(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nf.cli.info, "run", raising(InputError("--x", "must be y")))
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("nf info: --x: must be y\n")
+
+
+def raising(error: BaseException) -> Callable[[object], int]:
+    def run(_args: object) -> int:
+        raise error
+
+    return run
+
+
+def test_every_command_takes_debug() -> None:
+    assert "--debug" in build_parser().format_help()
+
+
+def test_info_as_text_and_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NF_CACHE_DIR", "/somewhere/else")
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["nf"] is not None
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["cpu"]["cores"] >= 1
+    assert found["cpu"]["memory"] > 1 << 28
+    assert found["cache_dir"] == "/somewhere/else"
+    assert found["executor"]["name"] == "cpu"
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "/somewhere/else" in text
+    assert found["executor"]["reason"].split()[0] in text
