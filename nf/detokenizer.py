@@ -57,10 +57,9 @@ class IncrementalDetokenizer:
 
     def _advance(self, text: str) -> str:
         new = text[self._shown :]
-        if new:  # tokens without text are no context: a decoder would take the next for the sequence's first
-            self._window = self._window[self._context :]
-            self._context = len(self._window)
-            self._shown = len(self._decode())
+        self._window = self._window[self._context :]
+        self._context = len(self._window)
+        self._shown = len(self._decode())
         return new
 
     def _decode(self) -> str:

@@ -52,8 +52,8 @@ class TemplateProcess:
                 raise InputError("chat_template", f"took more than {MAX_SECONDS:g} s to render") from None
             except (EOFError, BrokenPipeError):
                 self.close()
-                limit = f"a rendering may take {MAX_BYTES >> 20} MiB"
-                raise InputError("chat_template", f"broke the process that renders it; {limit}") from None
+                limit = f"needs more than the {MAX_BYTES >> 20} MiB that it may take"
+                raise InputError("chat_template", f"{limit}, or breaks the template engine") from None
             except BaseException:  # an interrupt: the reply to come would answer the next request
                 self.close()
                 raise

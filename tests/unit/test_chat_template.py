@@ -190,7 +190,8 @@ def test_parts_are_joined_by_newlines() -> None:
         ([{"role": "user", "content": "\ud800"}], "messages: hold half of a surrogate pair, which is not Unicode text"),
         (
             [{**USER, "x": object()}],
-            "messages: and the template's variables must be JSON values: Object of type object is not JSON serializable",
+            "messages: and the template's variables must be JSON values: "
+            "Object of type object is not JSON serializable",
         ),
     ],
 )
@@ -222,7 +223,7 @@ def test_raise_exception_reaches_the_user() -> None:
         ("{{ debug() }}", "debug is unknown"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion limit"),
         ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "ran out of fuel"),
-        ("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "characters of text, more than"),
+        ("{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "characters of text, more than"),
         ("{{ range(10 ** 12) | list }}", "too many elements"),
         ("{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "MiB"),
         ("{{ ('a ' * 99999).split() | join('b' * 99999) | length }}", "MiB"),
@@ -239,7 +240,7 @@ def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_process, "MAX_SECONDS", 0.2)
     monkeypatch.setattr(template_process, "FUEL", 1 << 60)
     endless = template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
-    with pytest.raises(InputError, match="chat_template: took more than 0.2 s to render"):
+    with pytest.raises(InputError, match=r"chat_template: took more than 0\.2 s to render"):
         endless.render([USER])
 
 
