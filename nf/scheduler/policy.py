@@ -60,9 +60,8 @@ def schedule(state: State) -> Decision:
     else:
         intake = _take_in(state, decodes, prefills, state.pages.num_free - demand.num_pages)
 
-    # A swapped sequence that was decoding goes on decoding in this very step; all others have tokens to prefill.
-    back = intake.resumed
-    decodes_again = (state.num_pages[back] > 0) & (state.computed[back] + 1 == state.length[back])
+    back = intake.resumed  # they take part in this very step
+    decodes_again = state.decodes_again(back)
     decodes = np.concatenate([decodes, back[decodes_again]])
     chunks = _fill(
         state.config.dense_batch_size - len(decodes),

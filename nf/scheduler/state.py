@@ -90,6 +90,15 @@ class State:
         slots = np.flatnonzero(mask)
         return slots[np.argsort(self.order[slots])]
 
+    def decodes_again(self, slots: Slots) -> NDArray[np.bool_]:
+        """Which of these preempted sequences go on decoding when they come back; the others have to prefill first.
+
+        One whose last prompt token is still to come is not decoding yet, although only one token is missing.
+        """
+        swapped, generated = self.num_pages[slots] > 0, self.length[slots] > self.prompt_len[slots]
+        again: NDArray[np.bool_] = swapped & generated & (self.computed[slots] + 1 == self.length[slots])
+        return again
+
     def pages_of(self, slot: int) -> Int32:
         """The pages of one sequence; of a preempted one these are host pages. A view."""
         return self.page_table[slot, : self.num_pages[slot]]

@@ -32,11 +32,10 @@ def preempt(state: State, decision: Decision) -> Int32:
 def resume(state: State, slots: Slots) -> Int32:
     """Give preempted sequences device pages for all their tokens: swap_in pairs (host page, device page)."""
     pairs = []
+    state.status[slots] = np.where(state.decodes_again(slots), Status.DECODE, Status.PREFILL)
     for slot in slots.tolist():
         host = state.pages_of(slot).copy()
         pages = state.pages.allocate(pages_for(int(state.length[slot]), state.config.page_size))
-        decodes = len(host) > 0 and state.computed[slot] + 1 == state.length[slot]
-        state.status[slot] = Status.DECODE if decodes else Status.PREFILL
         state.host_pages.release(host)
         pairs.append(np.stack([host, pages[: len(host)]], axis=1))
         _put_pages(state, slot, pages)

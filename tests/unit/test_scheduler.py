@@ -65,7 +65,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(config=configs, seed=st.integers(0, 2**32), expected_output=st.sampled_from([1.0, 4.0, 256.0]))
 def test_random_workloads(config: SchedulerConfig, seed: int, expected_output: float) -> None:
     """Arrivals, aborts, n > 1, EOS, tiny pools; a too low expectation of the outputs makes preemption frequent."""
@@ -209,6 +209,15 @@ def test_a_sequence_that_sampled_its_last_token_is_not_scheduled_again() -> None
     decision = driver.scheduler.schedule()
     assert decision.empty
     assert decision.num_tokens == 0
+    run(driver)
+
+
+def test_siblings_that_exceed_the_pool_together_still_finish() -> None:
+    """Each fits alone, all of them never: the request starts when it has the device to itself."""
+    driver = Driver(make_config(num_pages=7))
+    driver.add(make_request("before"))
+    driver.add(make_request("r", prompt_len=8, max_tokens=20, n=4))
+    driver.add(make_request("after"))
     run(driver)
 
 

@@ -108,6 +108,32 @@ def test_swapped_sequence_decodes_in_the_step_it_comes_back() -> None:
     run(driver)
 
 
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_preempted_in_the_middle_of_its_prompt(preemption: str, n: int) -> None:
+    """Also with a single prompt token to come, which looks like a decode but is not one."""
+    tokens_left = set()
+    for prompt_len in (9, 10, 11):
+        config = make_config(
+            max_num_seqs=4,
+            dense_batch_size=4,
+            page_size=1,
+            num_pages=prompt_len + 4,
+            num_host_pages=20,
+            preemption=preemption,
+        )
+        driver = driver_of(config)
+        driver.add(make_request("old", prompt_len=2, max_tokens=10))
+        driver.add(make_request("new", prompt_len=prompt_len, max_tokens=3, n=n))
+        batches: list[Batch] = []
+        while not driver.scheduler.num_preempted:
+            batches.append(driver.step())
+        assert driver.outputs["new", 0] == []
+        tokens_left.add(prompt_len - sum(int((batch.token_slots == 1).sum()) for batch in batches))
+        run(driver)
+    assert tokens_left == {1, 2, 3}
+
+
 def test_recomputation_is_chunked_and_samples_once() -> None:
     driver = driver_of(make_config(num_pages=9, dense_batch_size=8, preemption="recompute"))
     for name in "abc":
