@@ -50,6 +50,11 @@ class AsyncLLM:
         """Counts since the engine was made."""
         return self._engine.stats
 
+    @property
+    def num_requests(self) -> int:
+        """Requests in flight: waiting, running or preempted."""
+        return self._engine.num_requests
+
     def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncGenerator[RequestOutput, None]:

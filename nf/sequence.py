@@ -67,7 +67,8 @@ class Sequence:
         self._request = request
         self._logprobs: list[TokenLogprobs] | None = None if request.params.logprobs is None else []
         self._cumulative_logprob = 0.0
-        self._text = Text(tokenizer, request) if tokenizer and request.params.detokenize else None
+        self._tokenizer = tokenizer if request.params.detokenize else None
+        self._text: Text | None = None
         self._num_texted = 0  # tokens already given to the text
         self._text_finished = False
 
@@ -117,8 +118,10 @@ class Sequence:
 
     def _update_text(self) -> str | None:
         """Give the text the tokens it has not seen; return the stop string met, if any."""
-        if self._text is None or self._text_finished:
+        if self._tokenizer is None or self._text_finished:
             return self._text.stop_string if self._text else None
+        if self._text is None:
+            self._text = Text(self._tokenizer, self._request)
         params = self._request.params
         visible = len(self.token_ids)
         if self._ended_by_stop_token() and not params.include_stop_str_in_output:
