@@ -35,7 +35,7 @@ class CuteKernel:
         _load_runtime()
         library = ctypes.CDLL(str(artifact.path))
         mangled = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, f"{LAUNCHER}_function_name")))
-        self._launch = library[f"_mlir_{LAUNCHER}__mlir_ciface_{mangled.decode()}"]
+        self._launch = library[mangled.decode()]
         self._status = ctypes.c_int32()
         self._cells = [_CELLS[kind]() for kind in artifact.source.parameters]
         self._stream = ctypes.c_void_p()
