@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import AbstractContextManager, aclosing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -178,14 +178,18 @@ class BatchRun:
         if any(o.finish_reason == "error" for o in output.outputs):
             self._fail(job, output.error or "the request failed")
             return
-        with self._progress.hidden():
+        with self._out_of_sight():
             self._sink.finish(job, output)
         self._progress.done(output)
 
     def _fail(self, job: Job, sentence: str) -> None:
-        with self._progress.hidden():
+        with self._out_of_sight():
             self._sink.fail(job, sentence)
         self._progress.fail()
+
+    def _out_of_sight(self) -> AbstractContextManager[None]:
+        """Keeps the progress bar and what the sink prints from mixing on a terminal."""
+        return self._progress.hidden() if self._sink.prints else nullcontext()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Everything `nf info` tells, as plain data; sizes in bytes."""
+    from nf.kernels.compile import cache_dir
+
     gpus, no_gpu = gpu_devices()
     return {
         "versions": {
@@ -59,13 +61,6 @@ def collect() -> dict[str, Any]:
     }
 
 
-def cache_dir() -> Path:
-    """Where compiled kernels are kept: NF_CACHE_DIR, or nf in the user's cache folder."""
-    if os.environ.get("NF_CACHE_DIR"):
-        return Path(os.environ["NF_CACHE_DIR"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nf"
-
-
 def gpu_devices() -> tuple[list[dict[str, Any]], str | None]:
     """The GPUs cuda-python sees, and if there are none, why not in a few words."""
     try:
@@ -78,7 +73,7 @@ def gpu_devices() -> tuple[list[dict[str, Any]], str | None]:
         cuda = _call(driver.cuDriverGetVersion)
         found = [_gpu(driver, device, cuda) for device in devices]
     except Exception as error:  # no driver library, no device, a driver too old: each has its own type
-        return [], f"the CUDA driver cannot be used ({error})"
+        return [], f"the CUDA driver cannot be used ({str(error).partition('. ')[0]})"
     return found, None if found else "the CUDA driver shows no device"
 
 

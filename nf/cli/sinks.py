@@ -13,7 +13,9 @@ _TITLE_CHARS = 60
 
 
 class Sink(Protocol):
-    """Takes the outputs of jobs, in whatever order they come."""
+    """Takes the outputs of jobs, in whatever order they come; ``prints`` if that can show on a terminal."""
+
+    prints: bool
 
     def holds(self, job: Job) -> bool:
         """Whether an earlier run has finished this job."""
@@ -33,6 +35,8 @@ class Sink(Protocol):
 
 
 class _StdoutSink:
+    prints = True
+
     def holds(self, _job: Job) -> bool:
         return False
 
@@ -112,6 +116,7 @@ class JsonSink(_StdoutSink):
     """One JSON object per job, as it finishes; on stdout, or in a file."""
 
     def __init__(self, file: ResultsFile | None = None, *, token_ids: bool) -> None:
+        self.prints = file is None and sys.stdout.isatty()
         self._file = file
         self._token_ids = token_ids
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -125,6 +126,50 @@ def raising(error: BaseException) -> Callable[[object], int]:
 
 def test_every_command_takes_debug() -> None:
     assert "--debug" in build_parser().format_help()
+
+
+class Driver(ModuleType):
+    """The calls of cuda.bindings.driver that `nf info` makes, on a machine with one GPU or with the error given."""
+
+    def __init__(self, error: int = 0) -> None:
+        super().__init__("cuda.bindings.driver")
+        names = ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT")
+        attributes = {f"CU_DEVICE_ATTRIBUTE_{name}": value for name, value in zip(names, (9, 0, 132), strict=True)}
+        self.CUdevice_attribute = SimpleNamespace(**attributes)
+        self.cuInit = lambda _flags: (error,)
+        self.cuDeviceGetCount = lambda: (0, 1)
+        self.cuDeviceGet = lambda ordinal: (0, ordinal)
+        self.cuDriverGetVersion = lambda: (0, 13010)
+        self.cuDeviceGetName = lambda length, _device: (0, b"NVIDIA H200".ljust(length, b"\0"))
+        self.cuDeviceTotalMem = lambda _device: (0, 141 << 30)
+        self.cuDeviceGetAttribute = lambda attribute, _device: (0, attribute)
+
+
+def use_driver(monkeypatch: pytest.MonkeyPatch, driver: ModuleType | None) -> None:
+    for name in ("cuda", "cuda.bindings"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)  # None makes the import fail
+
+
+def test_info_shows_the_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    use_driver(monkeypatch, Driver())
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "NVIDIA H200, compute capability 9.0, 132 SMs, 141.0 GiB, driver for CUDA 13.1" in text
+
+
+@pytest.mark.parametrize(
+    ("driver", "why"),
+    [(None, "cuda-python is not installed"), (Driver(error=100), "the CUDA driver cannot be used (100)")],
+)
+def test_info_says_why_there_is_no_gpu(
+    driver: ModuleType | None, why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_driver(monkeypatch, driver)
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpus"] == []
+    assert why in found["executor"]["reason"]
 
 
 def test_info_as_text_and_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
