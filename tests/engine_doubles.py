@@ -128,6 +128,11 @@ def _logprobs(tokens: Any, most: int) -> TopLogprobs | None:
 
 def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
     """Token b is the byte b; token 256 is the special token <|end|>."""
+    return Tokenizer(byte_tokenizer_spec(), {"eos_token": "<|end|>"}, chat_template)
+
+
+def byte_tokenizer_spec() -> str:
+    """tokenizer.json's text."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     chars = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -141,7 +146,7 @@ def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": {char: b for b, char in chars.items()}, "merges": []},
     }
-    return Tokenizer(json.dumps(spec), {"eos_token": "<|end|>"}, chat_template)
+    return json.dumps(spec)
 
 
 def make_loaded(
