@@ -198,13 +198,9 @@ def _resolve(config: EngineConfig, model: ModelConfig, plan: PipelinePlan) -> En
 
 
 def _max_model_len(asked: int | None, model: ModelConfig) -> int:
-    """Attention is over all tokens, so a model trained with a sliding window must not go beyond the window."""
-    if model.sliding_window is not None and model.sliding_window < model.max_position_embeddings:
-        most, why = model.sliding_window, "the model's sliding_window; windowed attention is not implemented"
-    else:
-        most, why = model.max_position_embeddings, "the model's max_position_embeddings"
+    most = model.max_position_embeddings
     if asked is not None and asked > most:
-        raise InputError("max_model_len", f"{asked} is more than {most}, {why}")
+        raise InputError("max_model_len", f"{asked} is more than {most}, the model's max_position_embeddings")
     return most if asked is None else asked
 
 

@@ -176,7 +176,7 @@ def read_weight(checkpoint: Checkpoint, weight: Weight, dtype: np.dtype[Any], la
     targets = (part for rows in (fused if is_stacked(weight) else [fused]) for part in _rows_of_parts(weight, rows))
     for (name, _), target in zip(checkpoint_parts(weight, layer), targets, strict=True):
         with np.errstate(over="ignore"):  # found below, for every source dtype alike
-            target[...] = checkpoint.tensor(name)
+            target[...] = checkpoint.tensor(name).reshape(target.shape)
         if dtype == np.float16 and not np.isfinite(target).all():
             path = checkpoint.entry(name).path
             raise ModelError(str(path), f"{name} holds values that float16 cannot; use bfloat16 or float32")
@@ -187,7 +187,11 @@ def _rows_of_parts(weight: Weight, rows: Array) -> Iterator[Array]:
     """Views of the rows that belong to each part."""
     start = 0
     for index, count in enumerate(weight.part_rows):
-        yield rows[index :: len(weight.parts)] if weight.interleaved else rows[start : start + count]
+        if weight.interleave:
+            blocks = rows.reshape(-1, len(weight.parts), weight.interleave, *rows.shape[1:])
+            yield blocks[:, index]
+        else:
+            yield rows[start : start + count]
         start += count
 
 

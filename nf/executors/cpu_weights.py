@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nf.models.declaration import Array, ModelWeights
+from nf.models.declaration import GATE_UP_INTERLEAVE, Array, ModelWeights
 
 Float32 = NDArray[np.float32]
 
@@ -36,7 +36,9 @@ def prepare(weights: ModelWeights) -> CpuWeights:
 def _layout(name: str, array: Array) -> Float32:
     array = _float32(array)
     if name in _GATED:
-        array = np.concatenate([array[..., 0::2, :], array[..., 1::2, :]], axis=-2)
+        *experts, rows, inner = array.shape
+        blocks = array.reshape(*experts, -1, 2, GATE_UP_INTERLEAVE, inner)
+        array = np.moveaxis(blocks, -3, -4).reshape(*experts, rows, inner)
     if name in _GATED | _PROJECTIONS:
         array = np.ascontiguousarray(np.swapaxes(array, -1, -2))
     return array

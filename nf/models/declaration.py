@@ -13,6 +13,10 @@ from nf.models.operations import Operation
 
 Array = NDArray[Any]
 
+GATE_UP_INTERLEAVE = 8
+"""Rows of gate and up alternate in blocks of this many: gate 0 … 7, up 0 … 7, gate 8 … 15, … A thread of a WGMMA then
+holds the gate and the up value of the same output, and SwiGLU is an epilogue of the GEMM."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -24,15 +28,14 @@ class Weight:
         parts: checkpoint tensor names, fused along the out dimension in this order; ``{layer}`` and ``{expert}`` are
             filled in.
         part_rows: out-dimension size of each part.
-        interleaved: rows alternate between the parts (gate₀, up₀, gate₁, up₁, …) instead of following one another, so
-            that a GEMM's epilogue holds both halves of SwiGLU.
+        interleave: 0 puts the parts one after the other; a number alternates between them in blocks of that many rows.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[str, ...]
     part_rows: tuple[int, ...]
-    interleaved: bool = False
+    interleave: int = 0
 
 
 @dataclass(frozen=True, slots=True)

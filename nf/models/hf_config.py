@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 from nf.config import ModelConfig, RopeConfig
 from nf.errors import InputError, ModelError
+from nf.models.declaration import GATE_UP_INTERLEAVE
 from nf.sampling_params import SamplingParams
 
 CheckpointDType = Literal["bfloat16", "float16", "float32"]
@@ -80,6 +81,9 @@ def read_config(model_dir: Path) -> ModelConfig:
     num_layers = fields.integer("num_hidden_layers")
     vocab_size = fields.integer("vocab_size")
     max_position_embeddings = fields.integer("max_position_embeddings")
+    intermediate_size = fields.integer("intermediate_size")
+    if intermediate_size % GATE_UP_INTERLEAVE:
+        fields.fail("intermediate_size", f"{intermediate_size} must be a multiple of {GATE_UP_INTERLEAVE}")
     qkv_bias, o_bias = _attention_bias(fields, architecture)
     num_experts, experts_per_token = _experts(fields, architecture)
     bos_token_id = fields.token_ids("bos_token_id", vocab_size)
@@ -87,7 +91,7 @@ def read_config(model_dir: Path) -> ModelConfig:
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
+        intermediate_size=intermediate_size,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,

@@ -7,7 +7,7 @@ to an operation, they change no operation. Sizes below: H hidden, I intermediate
 from __future__ import annotations
 
 from nf.config import ModelConfig
-from nf.models.declaration import Model, Weight
+from nf.models.declaration import GATE_UP_INTERLEAVE, Model, Weight
 from nf.models.operations import Operation, Resource, Rows
 
 EMBED = "model.embed_tokens.weight"
@@ -87,11 +87,11 @@ def attention_weights(config: ModelConfig) -> tuple[Weight, ...]:
 
 
 def dense_ffn_weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """gate_up_proj [2I, H], rows alternating, and down_proj [H, I]."""
+    """gate_up_proj [2I, H], rows interleaved, and down_proj [H, I]."""
     hidden, inner = config.hidden_size, config.intermediate_size
     gate_up = (LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight")
     return (
-        Weight("gate_up_proj", (2 * inner, hidden), gate_up, (inner, inner), interleaved=True),
+        Weight("gate_up_proj", (2 * inner, hidden), gate_up, (inner, inner), interleave=GATE_UP_INTERLEAVE),
         whole("down_proj", LAYER + "mlp.down_proj.weight", (hidden, inner)),
     )
 

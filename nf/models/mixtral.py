@@ -7,7 +7,7 @@ ones. Sizes: H hidden, I intermediate.
 from __future__ import annotations
 
 from nf.config import ModelConfig
-from nf.models.declaration import Model, Weight
+from nf.models.declaration import GATE_UP_INTERLEAVE, Model, Weight
 from nf.models.llama import LAYER, declare_decoder, ffn_norm, whole
 from nf.models.operations import Operation, Resource
 
@@ -34,11 +34,13 @@ def moe_operations() -> tuple[Operation, ...]:
 
 
 def moe_weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """router [E, H], moe_gate_up_proj [E, 2I, H] with alternating rows, moe_down_proj [E, H, I]."""
+    """router [E, H], moe_gate_up_proj [E, 2I, H] with interleaved rows, moe_down_proj [E, H, I]."""
     experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
     gate_up = (EXPERT + "w1.weight", EXPERT + "w3.weight")
     return (
         whole("router", MOE + "gate.weight", (experts, hidden)),
-        Weight("moe_gate_up_proj", (experts, 2 * inner, hidden), gate_up, (inner, inner), interleaved=True),
+        Weight(
+            "moe_gate_up_proj", (experts, 2 * inner, hidden), gate_up, (inner, inner), interleave=GATE_UP_INTERLEAVE
+        ),
         Weight("moe_down_proj", (experts, hidden, inner), (EXPERT + "w2.weight",), (hidden,)),
     )

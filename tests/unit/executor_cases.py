@@ -251,7 +251,9 @@ def _frequency(rope: RopeConfig, frequency: float) -> float:
 
 
 def _ffn(gate_up: np.ndarray, down: np.ndarray, x: np.ndarray) -> np.ndarray:
-    gate, up = x @ gate_up[0::2].T, x @ gate_up[1::2].T
+    rows = np.arange(len(gate_up))
+    is_up = rows // 8 % 2 == 1  # blocks of 8 rows alternate
+    gate, up = x @ gate_up[~is_up].T, x @ gate_up[is_up].T
     return (gate / (1 + np.exp(-gate)) * up) @ down.T
 
 

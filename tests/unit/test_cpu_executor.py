@@ -128,7 +128,7 @@ def test_long_sequences_span_several_chunks_of_kv(page_size: int) -> None:
         {},
         {"heads": (8, 1), "qk_norm": True},
         {"heads": (3, 1), "moe": (4, 2)},
-        {"hidden_size": 96, "intermediate_size": 500, "vocab_size": 1000, "heads": (4, 4), "head_dim": 32},
+        {"hidden_size": 96, "intermediate_size": 504, "vocab_size": 1000, "heads": (4, 4), "head_dim": 32},
     ],
 )
 def test_a_sequence_has_the_same_bits_in_any_company_chunking_plan_and_order(config: dict) -> None:

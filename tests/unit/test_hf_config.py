@@ -248,6 +248,7 @@ QUANTIZED = {"quantization_config": {"quant_method": "gptq"}}
         (LLAMA2_7B | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         (LLAMA2_7B | {"rope_theta": 0}, "rope_theta must be a number above 0"),
         (LLAMA2_7B | {"num_key_value_heads": 5}, "num_attention_heads 32 must be a multiple of num_key_value_heads 5"),
+        (LLAMA2_7B | {"intermediate_size": 11004}, "intermediate_size 11004 must be a multiple of 8"),
         (LLAMA2_7B | {"hidden_size": 4100}, "hidden_size 4100 must be a multiple of num_attention_heads 32"),
         (LLAMA2_7B | {"head_dim": 127}, "head_dim must be even"),
         (LLAMA2_7B | {"num_hidden_layers": 0}, "num_hidden_layers must be an integer of at least 1, not 0"),

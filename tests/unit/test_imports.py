@@ -100,5 +100,7 @@ def test_the_walk_sees_what_it_should() -> None:
 def test_import_nf_is_light() -> None:
     """No CUDA, no NumPy, nothing heavy: the public names load on first use."""
     code = "import sys, nf; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert not loaded & (CUDA | FRAMEWORKS | {"numpy", "tokenizers", "safetensors", "minijinja"})

@@ -37,6 +37,12 @@ def plain(directory: Path) -> dict[str, np.ndarray[Any, Any]]:
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
+def parts_of(gate_up: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Gate and up of a fused weight: rows 0 … 7 are gate, 8 … 15 up, 16 … 23 gate again."""
+    is_up = np.arange(len(gate_up)) // 8 % 2 == 1
+    return gate_up[~is_up], gate_up[is_up]
+
+
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
     """A copy of a single-file model (untied, no bias) to be spoilt."""
@@ -62,8 +68,8 @@ def test_dense_fusion(name: str) -> None:
         prefix = f"model.layers.{index}."
         qkv = [tensors[f"{prefix}self_attn.{part}_proj.weight"] for part in "qkv"]
         np.testing.assert_array_equal(layer["qkv_proj"], np.concatenate(qkv))
-        np.testing.assert_array_equal(layer["gate_up_proj"][0::2], tensors[prefix + "mlp.gate_proj.weight"])
-        np.testing.assert_array_equal(layer["gate_up_proj"][1::2], tensors[prefix + "mlp.up_proj.weight"])
+        np.testing.assert_array_equal(parts_of(layer["gate_up_proj"])[0], tensors[prefix + "mlp.gate_proj.weight"])
+        np.testing.assert_array_equal(parts_of(layer["gate_up_proj"])[1], tensors[prefix + "mlp.up_proj.weight"])
         np.testing.assert_array_equal(layer["down_proj"], tensors[prefix + "mlp.down_proj.weight"])
         np.testing.assert_array_equal(layer["o_proj"], tensors[prefix + "self_attn.o_proj.weight"])
         np.testing.assert_array_equal(layer["attn_norm"], tensors[prefix + "input_layernorm.weight"])
@@ -91,8 +97,8 @@ def test_experts_are_stacked() -> None:
         np.testing.assert_array_equal(layer["router"], tensors[moe + "gate.weight"])
         for expert in range(4):
             w1, w2, w3 = (tensors[f"{moe}experts.{expert}.w{i}.weight"] for i in (1, 2, 3))
-            np.testing.assert_array_equal(layer["moe_gate_up_proj"][expert][0::2], w1)
-            np.testing.assert_array_equal(layer["moe_gate_up_proj"][expert][1::2], w3)
+            np.testing.assert_array_equal(parts_of(layer["moe_gate_up_proj"][expert])[0], w1)
+            np.testing.assert_array_equal(parts_of(layer["moe_gate_up_proj"][expert])[1], w3)
             np.testing.assert_array_equal(layer["moe_down_proj"][expert], w2)
 
 
@@ -113,7 +119,7 @@ def test_conversion(name: str, dtype: Any) -> None:
     for loaded, tensor in [
         (weights.embed, "model.embed_tokens.weight"),
         (weights.layers[1]["down_proj"], "model.layers.1.mlp.down_proj.weight"),
-        (weights.layers[2]["gate_up_proj"][1::2], "model.layers.2.mlp.up_proj.weight"),
+        (parts_of(weights.layers[2]["gate_up_proj"])[1], "model.layers.2.mlp.up_proj.weight"),
     ]:
         assert loaded.dtype == dtype
         np.testing.assert_array_equal(loaded, tensors[tensor].astype(dtype))
