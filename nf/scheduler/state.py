@@ -132,6 +132,7 @@ class State:
         on_host = self.table_pages(*self._holders(status == Status.PREEMPTED))
         assert len(np.unique(on_host)) == len(on_host) == self.host_pages.num_used, "host pages leak"
         assert not self.num_pages[status < Status.PREEMPTED].any(), "an ended sequence holds pages"
+        assert not self.shared_pages[status == Status.PREEMPTED].any(), "a preempted sequence shares pages"
         decoding = status == Status.DECODE
         assert (self.length[decoding] == self.computed[decoding] + 1).all()
         assert (self.length[decoding] < self.max_len[decoding]).all()

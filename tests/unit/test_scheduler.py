@@ -65,7 +65,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(config=configs, seed=st.integers(0, 2**32), expected_output=st.sampled_from([1.0, 4.0, 256.0]))
 def test_random_workloads(config: SchedulerConfig, seed: int, expected_output: float) -> None:
     """Arrivals, aborts, n > 1, EOS, tiny pools; a too low expectation of the outputs makes preemption frequent."""

@@ -100,11 +100,12 @@ def test_swapped_sequence_decodes_in_the_step_it_comes_back() -> None:
     for name in "abc":
         driver.add(make_request(name, prompt_len=8, max_tokens=20))
     step_until_preempted(driver)
-    while True:
+    resumed: list[int] = []
+    while not resumed:
+        resumed = driver.scheduler.schedule().resumed.tolist()
         batch = driver.step()
-        if len(batch.swap_in):
-            break
-    assert batch.num_tokens == batch.num_decode
+    assert len(batch.swap_in) > 0
+    assert set(resumed) <= set(batch.slots[: batch.num_decode].tolist())
     run(driver)
 
 
