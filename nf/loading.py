@@ -229,5 +229,6 @@ def _check_memory(model_dir: Path, model: Model) -> None:
     needed, free = weight_bytes(model), free_ram()
     if needed > free:
         raise ModelError(
-            str(model_dir), f"its weights need {needed / 2**30:.1f} GiB in float32, and {free / 2**30:.1f} GiB are free"
+            str(model_dir),
+            f"its weights need {needed / 2**20:,.1f} MiB in float32, and {free / 2**20:,.1f} MiB are free",
         )
