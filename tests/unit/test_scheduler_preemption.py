@@ -208,3 +208,14 @@ def test_a_right_prediction_preempts_nobody() -> None:
     run(driver)
     assert driver.scheduler.counters.swapped + driver.scheduler.counters.recomputed == 0
     assert driver.scheduler.counters.steps < 60 * 15, "requests ran one after the other"
+
+
+def test_prediction_counts_a_prompt_whose_first_sibling_has_left() -> None:
+    driver = Driver(make_config(num_pages=12, max_num_seqs=4))
+    driver.add(make_request("r", prompt_len=24, max_tokens=16, n=2))
+    for _ in range(4):
+        driver.step()
+    driver.abort("r", 0)
+    driver.add(make_request("next", prompt_len=8, max_tokens=16))  # 10 pages for the one that stays leave 2
+    run(driver)
+    assert driver.scheduler.counters.swapped + driver.scheduler.counters.recomputed == 0
