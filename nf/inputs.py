@@ -228,6 +228,19 @@ class Inputs:
         return tuple(spelled)
 
 
+def template_variables(
+    add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]] | None, others: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Keyword arguments of ``ChatTemplate.render``, once none is given twice."""
+    named = {"add_generation_prompt": add_generation_prompt, "tools": tools}
+    if others is not None and not isinstance(others, Mapping):
+        raise InputError("chat_template_kwargs", f"must map names to values, not {others!r:.60}")
+    for name in others or {}:
+        if not isinstance(name, str) or name in {*named, "messages"}:
+            raise InputError("chat_template_kwargs", f"must not hold {name!r:.60}; it has an argument of its own")
+    return {**named, **(others or {})}
+
+
 def request_seed(engine_seed: int, number: int) -> int:
     """Philox key of the engine's ``number``-th request: 64 bits of BLAKE2b over both numbers."""
     digest = hashlib.blake2b(f"{engine_seed}:{number}".encode(), digest_size=8).digest()

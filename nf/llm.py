@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from nf.engine import Engine, EngineStats
 from nf.errors import InputError
-from nf.inputs import Messages, Prompt, Ticket
+from nf.inputs import Messages, Prompt, Ticket, template_variables
 from nf.loading import Loaded, Options, load
 from nf.loop_thread import LoopThread
 from nf.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
@@ -80,9 +80,13 @@ class AsyncLLM:
         messages: Messages,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
-        **template: Any,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Like :meth:`generate` for a conversation; ``template`` as in :meth:`LLM.chat`."""
+        """Like :meth:`generate` for a conversation; what shapes its text is as in :meth:`LLM.chat`."""
+        template = template_variables(add_generation_prompt, tools, chat_template_kwargs)
         return self._stream(
             request_id,
             lambda ticket: self.inputs.chat_request("messages", messages, sampling_params, ticket, template),
@@ -218,7 +222,10 @@ class LLM:
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        **template: Any,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Generate the next message of one conversation or many, as :meth:`generate` does.
 
@@ -226,8 +233,11 @@ class LLM:
             messages: mappings with ``role`` and ``content``; a list of such lists is many conversations.
             sampling_params: as for :meth:`generate`.
             use_tqdm: as for :meth:`generate`.
-            template: variables of the model's chat template: ``add_generation_prompt``, ``tools``, and its own.
+            add_generation_prompt: end the text where the assistant's answer begins.
+            tools: JSON descriptions of functions.
+            chat_template_kwargs: further variables of the model's own template, e.g. ``enable_thinking``.
         """
+        template = template_variables(add_generation_prompt, tools, chat_template_kwargs)
         return self._run(self._llm.inputs.chat_requests(messages, sampling_params, template), use_tqdm)
 
     def close(self) -> None:

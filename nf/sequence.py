@@ -195,7 +195,7 @@ class RequestState:
 
     def notify(self) -> None:
         """Wake whoever waits, if there is something for them to see."""
-        if self._stream or self.finished:
+        if self._stream or not self.scheduled:
             self._news.set()
 
     async def news(self) -> None:

@@ -393,6 +393,8 @@ def test_wrong_calls() -> None:
             llm.chat([[{"role": "user", "content": "a"}], []], GREEDY)
         with pytest.raises(InputError, match=r"messages\[0\]\.content: must be a text"):
             llm.chat([{"role": "user", "content": 5}], GREEDY)
+        with pytest.raises(InputError, match="chat_template_kwargs: must not hold 'tools'"):
+            llm.chat([{"role": "user", "content": "a"}], GREEDY, chat_template_kwargs={"tools": []})
 
 
 def test_long_text_is_refused_without_tokenizing() -> None:
