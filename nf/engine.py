@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nf.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+logging.getLogger("nf").addHandler(logging.NullHandler())  # unconfigured, Python would print every traceback
 
 
 @dataclass(slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
@@ -30,8 +29,6 @@ from nf.weights import load_weights
 if TYPE_CHECKING:
     from nf.chat_template import ChatTemplate
     from nf.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 class Options(TypedDict, total=False):

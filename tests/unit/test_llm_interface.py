@@ -239,7 +239,6 @@ def test_request_that_never_fits_raises_from_async_and_is_an_output_of_the_list(
         good, bad, also_good = llm.generate([[1, 2], huge, [3]], GREEDY)
     assert [completion.finish_reason for completion in bad.outputs] == ["error"]
     assert bad.error is not None
-    assert "12 KV pages" not in good.outputs[0].text
     assert "KV pages" in bad.error
     assert bad.finished
     assert good.outputs[0].token_ids == tokens_after(2)
