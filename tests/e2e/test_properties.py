@@ -229,7 +229,7 @@ def workloads(draw: st.DrawFn) -> tuple[Case, list[Arrival]]:
     return case, arrivals
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(workloads())
 def test_every_request_is_answered_as_if_it_were_alone(workload: tuple[Case, list[Arrival]]) -> None:
     case, arrivals = workload
