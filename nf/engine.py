@@ -23,7 +23,7 @@ from nf.scheduler.scheduler import Scheduler
 from nf.sequence import RequestState, Sequence
 
 if TYPE_CHECKING:
-    from nf.tokenizer import Tokenizer
+    from nf.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 logging.getLogger("nf").addHandler(logging.NullHandler())  # unconfigured, Python would print every traceback

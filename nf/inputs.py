@@ -18,8 +18,8 @@ from nf.request import Request
 from nf.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from nf.chat_template import ChatTemplate
-    from nf.tokenizer import Tokenizer
+    from nf.text.chat_template import ChatTemplate
+    from nf.text.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """A text, its token ids, or a mapping with ``prompt_token_ids`` or ``prompt``."""

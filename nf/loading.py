@@ -27,8 +27,8 @@ from nf.scheduler.scheduler import Scheduler, SchedulerConfig
 from nf.weights import load_weights
 
 if TYPE_CHECKING:
-    from nf.chat_template import ChatTemplate
-    from nf.tokenizer import Tokenizer
+    from nf.text.chat_template import ChatTemplate
+    from nf.text.tokenizer import Tokenizer
 
 
 class Options(TypedDict, total=False):
@@ -165,7 +165,7 @@ def _load_text(
             name = "tokenizer" if tokenizer is not None else "chat_template"
             raise InputError(name, "cannot be used together with skip_tokenizer_init=True")
         return None, None
-    from nf.tokenizer import Tokenizer
+    from nf.text.tokenizer import Tokenizer
 
     loaded = Tokenizer.from_dir(model_dir if tokenizer is None else resolve_model(tokenizer))
     if chat_template is None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nf.detokenizer import IncrementalDetokenizer, StopStrings
 from nf.errors import EngineError
 from nf.executors.base import TopLogprobs
 from nf.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from nf.request import Request
+from nf.text.detokenizer import IncrementalDetokenizer, StopStrings
 
 if TYPE_CHECKING:
-    from nf.tokenizer import Tokenizer
+    from nf.text.tokenizer import Tokenizer
 
 PROMPT_CONTEXT = 8
 """Tokens of the prompt that a decoder is given as context: some characters are made of four."""

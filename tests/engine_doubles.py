@@ -21,7 +21,7 @@ from nf.request import Request
 from nf.sampling_params import SamplingParams
 from nf.scheduler.batch import Batch
 from nf.scheduler.scheduler import Scheduler, SchedulerConfig
-from nf.tokenizer import Tokenizer
+from nf.text.tokenizer import Tokenizer
 
 EOS = 256
 VOCAB_SIZE = 257

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from small_tokenizers import byte_level, sentencepiece
 
-from nf import template_process
-from nf.chat_template import ChatPrompt, ChatTemplate
 from nf.errors import InputError
-from nf.tokenizer import Tokenizer
+from nf.text import template_process
+from nf.text.chat_template import ChatPrompt, ChatTemplate
+from nf.text.tokenizer import Tokenizer
 
 # Headers around every message, tools as indented JSON, dates, a system message of its own (as Llama 3.1).
 HEADERS = """{{- bos_token }}

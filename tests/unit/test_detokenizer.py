@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import byte_level, sentencepiece
 
-from nf.detokenizer import MAX_WINDOW, IncrementalDetokenizer, StopStrings
-from nf.tokenizer import Tokenizer
+from nf.text.detokenizer import MAX_WINDOW, IncrementalDetokenizer, StopStrings
+from nf.text.tokenizer import Tokenizer
 
 TOKENIZERS = {"byte_level": Tokenizer(byte_level()), "sentencepiece": Tokenizer(sentencepiece())}
 KINDS = pytest.mark.parametrize("kind", list(TOKENIZERS))

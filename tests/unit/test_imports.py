@@ -15,7 +15,7 @@ FRAMEWORKS = {"torch", "jax", "tensorflow"}
 
 # A module may import from its own layer and those to its left.
 LAYERS = ["nf.kernels", "nf.graphs", "nf.executors", "nf.engine", "nf.llm", "nf.cli"]
-NO_CUDA = ["nf.scheduler", "nf.models", "nf.graphs.plan", "nf.graphs.unroll", "nf.graphs.builtin", "nf.planning"]
+NO_CUDA = ["nf.scheduler", "nf.models", "nf.graphs.plan", "nf.graphs.unroll", "nf.graphs.builtin", "nf.planning", "nf.text"]
 MAY_MEASURE = "nf.planning.profile"
 
 

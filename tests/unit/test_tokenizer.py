@@ -15,7 +15,7 @@ from small_tokenizers import byte_level, sentencepiece
 from tokenizers import Tokenizer as Reference
 
 from nf.errors import InputError, ModelError
-from nf.tokenizer import Tokenizer
+from nf.text.tokenizer import Tokenizer
 
 SPECS = {"byte_level": byte_level(), "sentencepiece": sentencepiece()}
 KINDS = pytest.mark.parametrize("kind", list(SPECS))

@@ -1,4 +1,4 @@
-"""Renders one chat template in a process of its own; nf.template_process runs this file as a script.
+"""Renders one chat template in a process of its own; nf.text.template_process runs this file as a script.
 
 The template engine bounds steps, but a few steps can double a string until memory is gone, which would take the
 whole process with it. So templates render where memory is limited and where killing is safe. One JSON line in, one

@@ -10,9 +10,9 @@ from typing import Any
 
 import tokenizers
 
-from nf.chat_template import ChatPrompt, ChatTemplate
 from nf.errors import InputError, ModelError
-from nf.token_length import max_token_bytes
+from nf.text.chat_template import ChatPrompt, ChatTemplate
+from nf.text.token_length import max_token_bytes
 
 
 class Tokenizer:
@@ -20,7 +20,7 @@ class Tokenizer:
 
     Control tokens: a plain text is a raw prompt, in which the text of a special token (``<|im_end|>``) becomes that
     token, as in Hugging Face's tokenizers; whoever passes on what others wrote should use a chat, where it never does
-    (``nf.chat_template``).
+    (``nf.text.chat_template``).
 
     Beginning and end of sequence: ``encode`` adds what tokenizer.json's post-processor adds. If tokenizer_config.json
     says ``add_bos_token`` or ``add_eos_token`` and the post-processor does not do it, they are added all the same.

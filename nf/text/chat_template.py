@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nf.errors import InputError
-from nf.template_process import TemplateProcess
+from nf.text.template_process import TemplateProcess
 
 # Noncharacters, which no text holds on purpose, stand around control tokens in what users wrote during rendering.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
