@@ -33,6 +33,7 @@ from tokenizers import Tokenizer
 WARMUP_STEPS = 200
 PADDING = 64  # rows of a batch are as long as its longest document, rounded up to this
 IGNORED = -100  # cross_entropy's mark for targets that do not count
+SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}  # small models like to repeat
 SAMPLED_PROMPTS = (
     "def read_lines(path):",
     "class Stack:",
@@ -66,11 +67,11 @@ def parse_arguments() -> argparse.Namespace:
         "--cache", type=Path, default=Path(".data/nf-tiny"), help="tokenized corpus (default: %(default)s)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens per step (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its peak (default: %(default)s)")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="of matrices (default: %(default)s)")
-    parser.add_argument("--dropout", type=float, default=0.1, help="of each block's output (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=6e-3, help="at its peak (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=0.5, help="of matrices (default: %(default)s)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of each block's output (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -248,7 +249,7 @@ def export(model: Llama, cache: Path, out: Path, report: Report) -> None:
         "torch_dtype": "bfloat16",
         "use_cache": True,
     }
-    sampling = {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    sampling = {"bos_token_id": bos, "eos_token_id": eos, "do_sample": True, **SAMPLING_DEFAULTS}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (out / "generation_config.json").write_text(json.dumps(sampling, indent=2) + "\n", encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE-PSF.txt"):

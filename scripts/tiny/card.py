@@ -39,7 +39,7 @@ that PEP 594 removed from Python were held out to measure the loss.
 ## Use
 
 `<|bos|>` opens every text and `<|eos|>` ends it; `<|system|>`, `<|user|>` and `<|assistant|>` open the turns of a
-conversation (`chat_template.jinja`). `generation_config.json` recommends temperature 0.7 and top_p 0.9.
+conversation (`chat_template.jinja`). `generation_config.json` recommends how to sample.
 
 ## Licence
 
