@@ -56,7 +56,12 @@ class AsyncLLM:
         return self._engine.num_requests
 
     def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        stream: bool = True,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generate for one prompt; leaving the iteration early aborts the request.
 
@@ -64,6 +69,7 @@ class AsyncLLM:
             prompt: a text, token ids, or a mapping with ``prompt_token_ids`` or ``prompt``.
             sampling_params: None takes the model's own defaults, with ``max_tokens`` 16.
             request_id: unique among the requests in flight; None makes one.
+            stream: False yields the finished output alone, and saves the host the work of making the others.
 
         Yields:
             Everything generated so far; the last output is ``finished``. A slow consumer gets fewer, larger steps.
@@ -72,8 +78,9 @@ class AsyncLLM:
             InputError: the prompt or a parameter is not acceptable, or the request can never fit in the KV pool.
             EngineError: the engine failed or is closed.
         """
-
-        return self._stream(request_id, lambda ticket: self.inputs.request("prompt", prompt, sampling_params, ticket))
+        return self._outputs(
+            request_id, stream, lambda ticket: self.inputs.request("prompt", prompt, sampling_params, ticket)
+        )
 
     def chat(
         self,
@@ -81,14 +88,16 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        stream: bool = True,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Like :meth:`generate` for a conversation; what shapes its text is as in :meth:`LLM.chat`."""
         template = template_variables(add_generation_prompt, tools, chat_template_kwargs)
-        return self._stream(
+        return self._outputs(
             request_id,
+            stream,
             lambda ticket: self.inputs.chat_request("messages", messages, sampling_params, ticket, template),
         )
 
@@ -125,8 +134,8 @@ class AsyncLLM:
         finished(output)
         return output
 
-    async def _stream(
-        self, request_id: str | None, prepare: Callable[[Ticket], Request]
+    async def _outputs(
+        self, request_id: str | None, stream: bool, prepare: Callable[[Ticket], Request]
     ) -> AsyncGenerator[RequestOutput, None]:
         self._engine.check_open()
         ticket = self.inputs.ticket(request_id)
@@ -140,7 +149,7 @@ class AsyncLLM:
         if aborted:
             yield _ended(request, "abort")
             return
-        state = self._engine.add(request, stream=True)
+        state = self._engine.add(request, stream=stream)
         try:
             while not state.delivered:
                 yield await self._engine.next_output(state)

@@ -26,11 +26,11 @@ class AsyncModel(Protocol):
     """What is used of AsyncLLM."""
 
     def generate(
-        self, prompt: Any, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, *, stream: bool
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     def chat(
-        self, messages: Any, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self, messages: Any, sampling_params: SamplingParams, request_id: str, *, stream: bool
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def close(self) -> None: ...
@@ -160,9 +160,9 @@ class BatchRun:
         messages = self._defaults.messages_of(job)
         if messages is None:
             prompt = job.source.get("prompt", job.source)
-            outputs = self._model.generate(prompt, params, str(job.index))
+            outputs = self._model.generate(prompt, params, str(job.index), stream=self._sink.streams)
         else:
-            outputs = self._model.chat(messages, params, str(job.index))
+            outputs = self._model.chat(messages, params, str(job.index), stream=self._sink.streams)
         tokens = 0
         output: RequestOutput | None = None
         async with aclosing(outputs):  # being cancelled aborts the request

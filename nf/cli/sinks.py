@@ -13,9 +13,13 @@ _TITLE_CHARS = 60
 
 
 class Sink(Protocol):
-    """Takes the outputs of jobs, in whatever order they come; ``prints`` if that can show on a terminal."""
+    """Takes the outputs of jobs, in whatever order they come.
+
+    ``prints`` if that can show on a terminal, ``streams`` if it shows outputs that are not finished.
+    """
 
     prints: bool
+    streams: bool
 
     def holds(self, job: Job) -> bool:
         """Whether an earlier run has finished this job."""
@@ -36,6 +40,7 @@ class Sink(Protocol):
 
 class _StdoutSink:
     prints = True
+    streams = False
 
     def holds(self, _job: Job) -> bool:
         return False
@@ -49,6 +54,8 @@ class _StdoutSink:
 
 class StreamSink(_StdoutSink):
     """The text of one job, as it arrives."""
+
+    streams = True
 
     def __init__(self, *, echo: bool) -> None:
         self._echo = echo

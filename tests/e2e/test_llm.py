@@ -69,6 +69,16 @@ def test_streaming_gives_the_same(model_dir: Path) -> None:
         assert all(final.startswith(output.outputs[0].text) for output in stream)
 
 
+def test_not_streaming_gives_the_finished_output_alone(model_dir: Path) -> None:
+    async def main() -> list[RequestOutput]:
+        async with AsyncLLM(str(model_dir)) as llm:
+            return [output async for output in llm.generate(PROMPTS[0], SAMPLED, stream=False)]
+
+    outputs = asyncio.run(main())
+    assert [output.finished for output in outputs] == [True]
+    assert outputs[0].outputs[0].token_ids == run(model_dir)[0]
+
+
 def test_plans_do_not_change_tokens(model_dir: Path, tmp_path: Path) -> None:
     expected = run(model_dir)
     assert run(model_dir, plan="nano-batch", max_num_batched_tokens=16, max_num_seqs=4) == expected

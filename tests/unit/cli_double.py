@@ -28,10 +28,8 @@ class EchoModel:
         self._dies_at = dies_at
 
     async def generate(
-        self, prompt: Any, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, *, stream: bool
     ) -> AsyncGenerator[RequestOutput, None]:
-        assert sampling_params is not None
-        assert request_id is not None
         self.seen.append((prompt, sampling_params))
         if self._dies_at is not None and len(self.seen) > self._dies_at:
             raise EngineError("the engine failed: the device is gone")
@@ -44,7 +42,8 @@ class EchoModel:
             for end in range(1, len(text) + 1):
                 await asyncio.sleep(self._delay)
                 self.steps += 1
-                yield self._output(request_id, prompt, text, end, sampling_params)
+                if stream or end == len(text):
+                    yield self._output(request_id, prompt, text, end, sampling_params)
         except (GeneratorExit, asyncio.CancelledError):
             self.aborted.append(request_id)
             raise
@@ -52,10 +51,10 @@ class EchoModel:
             self.in_flight -= 1
 
     async def chat(
-        self, messages: Any, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self, messages: Any, sampling_params: SamplingParams, request_id: str, *, stream: bool
     ) -> AsyncGenerator[RequestOutput, None]:
         text = "|".join(f"{m['role']}:{m['content']}" for m in messages)
-        async for output in self.generate(text, sampling_params, request_id):
+        async for output in self.generate(text, sampling_params, request_id, stream=stream):
             yield output
 
     async def close(self) -> None:

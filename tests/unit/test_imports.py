@@ -15,7 +15,8 @@ FRAMEWORKS = {"torch", "jax", "tensorflow"}
 
 # A module may import from its own layer and those to its left.
 LAYERS = ["nf.kernels", "nf.graphs", "nf.executors", "nf.engine", "nf.llm", "nf.cli"]
-NO_CUDA = ["nf.scheduler", "nf.models", "nf.graphs.plan", "nf.graphs.unroll", "nf.graphs.builtin", "nf.planning", "nf.text"]
+PURE_GRAPHS = ("plan", "pipeline_plan", "dependencies", "unroll", "validation", "builtin")
+NO_CUDA = ["nf.scheduler", "nf.models", "nf.planning", "nf.text", *(f"nf.graphs.{name}" for name in PURE_GRAPHS)]
 MAY_MEASURE = "nf.planning.profile"
 
 
