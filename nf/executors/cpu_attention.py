@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf.config import ModelConfig
+from nf.executors.cpu_gemm import TILE
 from nf.scheduler.batch import Int32
 
 Float32 = NDArray[np.float32]
@@ -23,7 +24,6 @@ Bool = NDArray[np.bool_]
 Rows = slice | NDArray[np.intp]
 
 CHUNK = 128  # KV positions per product, rounded to whole pages
-TILE = 8  # query rows (token × head of the group) per product, more if the group is larger
 GATHER_FLOATS = 1 << 19  # largest gathered or score array, so that it stays in the cache
 
 
@@ -35,7 +35,7 @@ class TileShape:
     group: int  # query heads per KV head
     head_dim: int
     tokens: int  # per tile
-    rows: int  # per tile, ≥ tokens · group
+    rows: int  # (token, head of the group) per tile: TILE, or a multiple for a larger group
     chunk_pages: int
     page_size: int
     window: int | None  # a token sees itself and the window − 1 positions before

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nf.config import ModelConfig
 from nf.executors.cpu_attention import TileShape, attend
 from nf.executors.cpu_cache import PagedCache
-from nf.executors.cpu_gemm import project
+from nf.executors.cpu_gemm import Projection, project
 from nf.executors.cpu_step import Step
 from nf.executors.cpu_weights import CpuWeights
 from nf.executors.rope import rotate
@@ -70,11 +70,11 @@ def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
 
 
 def _attn_norm(run: LayerRunner, _step: Step, layer: int, start: int, stop: int) -> None:
-    _norm(run, run.layers[layer]["attn_norm"], start, stop)
+    _norm(run, run.layers[layer].vectors["attn_norm"], start, stop)
 
 
 def _ffn_norm(run: LayerRunner, _step: Step, layer: int, start: int, stop: int) -> None:
-    _norm(run, run.layers[layer]["ffn_norm"], start, stop)
+    _norm(run, run.layers[layer].vectors["ffn_norm"], start, stop)
 
 
 def _norm(run: LayerRunner, weight: Float32, start: int, stop: int) -> None:
@@ -85,19 +85,19 @@ def _norm(run: LayerRunner, weight: Float32, start: int, stop: int) -> None:
 def _qkv_proj(run: LayerRunner, _step: Step, layer: int, start: int, stop: int) -> None:
     weights, buffers = run.layers[layer], run.buffers
     qkv = buffers.qkv[start:stop]
-    project(buffers.normed[start:stop], weights["qkv_proj"], qkv)
-    if "qkv_bias" in weights:
-        qkv += weights["qkv_bias"]
+    project(buffers.normed[start:stop], weights.projections["qkv_proj"], qkv)
+    if "qkv_bias" in weights.vectors:
+        qkv += weights.vectors["qkv_bias"]
 
 
 def _rope_append(run: LayerRunner, step: Step, layer: int, start: int, stop: int) -> None:
-    config, weights, buffers = run.config, run.layers[layer], run.buffers
+    config, norms, buffers = run.config, run.layers[layer].vectors, run.buffers
     heads, kv_heads = config.num_heads, config.num_kv_heads
     qkv = buffers.qkv[start:stop].reshape(stop - start, heads + 2 * kv_heads, config.head_dim)
     q, k, v = np.split(qkv, (heads, heads + kv_heads), axis=1)
-    if "q_norm" in weights:
-        q = rms_norm(q, weights["q_norm"], config.rms_norm_eps)
-        k = rms_norm(k, weights["k_norm"], config.rms_norm_eps)
+    if "q_norm" in norms:
+        q = rms_norm(q, norms["q_norm"], config.rms_norm_eps)
+        k = rms_norm(k, norms["k_norm"], config.rms_norm_eps)
     cos, sin = step.cos[start:stop], step.sin[start:stop]
     rotate(q, cos, sin, buffers.q[start:stop].reshape(q.shape))
     keys = np.empty(k.shape, np.float32)
@@ -113,26 +113,28 @@ def _attention(run: LayerRunner, step: Step, layer: int, start: int, stop: int) 
 
 def _o_proj(run: LayerRunner, _step: Step, layer: int, start: int, stop: int) -> None:
     weights, buffers = run.layers[layer], run.buffers
-    _add_projected(buffers.attn[start:stop], weights["o_proj"], buffers.hidden[start:stop])
-    if "o_bias" in weights:
-        buffers.hidden[start:stop] += weights["o_bias"]
+    _add_projected(buffers.attn[start:stop], weights.projections["o_proj"], buffers.hidden[start:stop])
+    if "o_bias" in weights.vectors:
+        buffers.hidden[start:stop] += weights.vectors["o_bias"]
 
 
 def _gate_up_proj(run: LayerRunner, _step: Step, layer: int, start: int, stop: int) -> None:
     buffers = run.buffers
-    _swiglu(buffers.normed[start:stop], run.layers[layer]["gate_up_proj"], buffers.activated[start:stop])
+    _swiglu(buffers.normed[start:stop], run.layers[layer].projections["gate_up_proj"], buffers.activated[start:stop])
 
 
 def _down_proj(run: LayerRunner, _step: Step, layer: int, start: int, stop: int) -> None:
     buffers = run.buffers
-    _add_projected(buffers.activated[start:stop], run.layers[layer]["down_proj"], buffers.hidden[start:stop])
+    _add_projected(
+        buffers.activated[start:stop], run.layers[layer].projections["down_proj"], buffers.hidden[start:stop]
+    )
 
 
 def _router(run: LayerRunner, _step: Step, layer: int, start: int, stop: int) -> None:
     """Softmax over all experts; the most likely ones share the token in proportion. Ties go to the lower index."""
     buffers, count = run.buffers, run.config.experts_per_token
     logits = np.empty((stop - start, run.config.num_experts), np.float32)
-    project(buffers.normed[start:stop], run.layers[layer]["router"], logits)
+    project(buffers.normed[start:stop], run.layers[layer].projections["router"], logits)
     shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
     shares /= shares.sum(axis=-1, keepdims=True)
     chosen = np.argsort(-shares, axis=-1, kind="stable")[:, :count]
@@ -142,7 +144,7 @@ def _router(run: LayerRunner, _step: Step, layer: int, start: int, stop: int) ->
 
 
 def _moe_gate_up_proj(run: LayerRunner, _step: Step, layer: int, start: int, stop: int) -> None:
-    buffers, weights = run.buffers, run.layers[layer]["moe_gate_up_proj"]
+    buffers, weights = run.buffers, run.layers[layer].experts["moe_gate_up_proj"]
     for expert, rows, choice in _by_expert(run, start, stop):
         result = np.empty((len(rows), run.config.intermediate_size), np.float32)
         _swiglu(buffers.normed[rows], weights[expert], result)
@@ -150,7 +152,7 @@ def _moe_gate_up_proj(run: LayerRunner, _step: Step, layer: int, start: int, sto
 
 
 def _moe_down_proj(run: LayerRunner, _step: Step, layer: int, start: int, stop: int) -> None:
-    buffers, weights = run.buffers, run.layers[layer]["moe_down_proj"]
+    buffers, weights = run.buffers, run.layers[layer].experts["moe_down_proj"]
     parts = np.empty((stop - start, run.config.experts_per_token, run.config.hidden_size), np.float32)
     for expert, rows, choice in _by_expert(run, start, stop):
         result = np.empty((len(rows), run.config.hidden_size), np.float32)
@@ -169,8 +171,8 @@ def _by_expert(run: LayerRunner, start: int, stop: int) -> list[tuple[int, NDArr
     return groups
 
 
-def _swiglu(x: Float32, weight: Float32, out: Float32) -> None:
-    """silu(x·gate) · (x·up) into ``out``; ``weight`` is [in, 2I], gate before up."""
+def _swiglu(x: Float32, weight: Projection, out: Float32) -> None:
+    """silu(x·gate) · (x·up) into ``out``; the outputs of ``weight`` are gate, then up."""
     inner = out.shape[1]
     gate_up = np.empty((len(x), 2 * inner), np.float32)
     project(x, weight, gate_up)
@@ -182,7 +184,7 @@ def _swiglu(x: Float32, weight: Float32, out: Float32) -> None:
     out *= up
 
 
-def _add_projected(x: Float32, weight: Float32, residual: Float32) -> None:
+def _add_projected(x: Float32, weight: Projection, residual: Float32) -> None:
     projected = np.empty(residual.shape, np.float32)
     project(x, weight, projected)
     residual += projected
