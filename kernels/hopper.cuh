@@ -11,6 +11,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// True in one lane of the warp, which must be converged. What is inside `if (elect_lane())` is known to the compiler to run
+// in one lane, which spares bulk copies a loop over lanes.
+__device__ __forceinline__ bool elect_lane() {
+    uint32_t elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.b32 %0, 1, 0, p;\n}\n" : "=r"(elected)::"memory");
+    return elected;
+}
+
 // ---- Order of launches (programmatic dependent launch) ----
 
 // Wait until the kernels this one depends on have ended and their writes are visible; returns at once otherwise.
@@ -117,5 +125,11 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 __device__ __forceinline__ float exp2_approximate(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
