@@ -31,7 +31,7 @@ def _compile_cuda(source: KernelSource, arch: str) -> bytes:
         arch=arch,
         std="c++17",
         include_path=[include, str(HERE)],
-        define_macro=list(source.definitions.items()),
+        define_macro=list(source.definitions.items()) or None,  # it refuses an empty list
     )
     code = Program((HERE / source.files[0]).read_text(), "c++", options).compile("cubin").code
     assert isinstance(code, bytes)
