@@ -190,17 +190,33 @@ def random_steps(sequences: dict[int, list[int]], dense_batch_size: int, rng: np
 # The reference: one sequence, every position at once, float64.
 
 
-def reference_logits(model: Model, weights: ModelWeights, token_ids: list[int]) -> np.ndarray:
-    """Logits of every position, float64 [tokens, vocab_size]."""
+def reference_logits(model: Model, weights: ModelWeights, token_ids: list[int], watch_router=None) -> np.ndarray:
+    """Logits of every position, float64 [tokens, vocab_size]; ``watch_router`` sees what every router does."""
     config = model.config
     x = weights.embed.astype(np.float64)[token_ids]
     for layer in weights.layers:
         w = {name: array.astype(np.float64) for name, array in layer.items()}
         x = x + _attention(config, w, _norm(x, w["attn_norm"], config.rms_norm_eps))
         normed = _norm(x, w["ffn_norm"], config.rms_norm_eps)
+        if config.num_experts and watch_router:
+            watch_router(config, w, normed)
         x = x + (_experts(config, w, normed) if config.num_experts else _ffn(w["gate_up_proj"], w["down_proj"], normed))
     final = _norm(x, weights.final_norm.astype(np.float64), config.rms_norm_eps)
     return final @ weights.lm_head.astype(np.float64).T
+
+
+def closest_call(model: Model, weights: ModelWeights, token_ids: list[int]) -> float:
+    """The least difference of router logits that decides between two experts; where it is tiny, float32 may differ."""
+    margins = [np.inf]
+
+    def watch(config: ModelConfig, w: dict[str, np.ndarray], x: np.ndarray) -> None:
+        logits = np.sort(x @ w["router"].T, axis=-1)[:, ::-1]
+        if config.experts_per_token < config.num_experts:
+            chosen = logits[:, config.experts_per_token - 1]
+            margins.append((chosen - logits[:, config.experts_per_token]).min())
+
+    reference_logits(model, weights, token_ids, watch)
+    return float(min(margins))
 
 
 def _norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -262,7 +278,8 @@ def _experts(config: ModelConfig, w: dict[str, np.ndarray], x: np.ndarray) -> np
     for t in range(len(x)):
         logits = w["router"] @ x[t]
         p = np.exp(logits) / np.exp(logits).sum()
-        best = sorted(range(config.num_experts), key=lambda e: -p[e])[: config.experts_per_token]
+        ranked = sorted(range(config.num_experts), key=lambda e: -p[e])
+        best = ranked[: config.experts_per_token]
         for e in best:
             share = p[e] / sum(p[b] for b in best)
             result[t] += share * _ffn(w["moe_gate_up_proj"][e], w["moe_down_proj"][e], x[t : t + 1])[0]

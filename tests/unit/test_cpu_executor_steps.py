@@ -119,6 +119,16 @@ def test_siblings_share_full_pages_and_get_their_own_copy_of_the_last() -> None:
         np.testing.assert_allclose(logits[row], last_logits([*PROMPT, token]), atol=1e-4)
 
 
+def test_a_siblings_first_token_knows_the_prompt_that_comes_with_the_same_step() -> None:
+    run, batches = make(), maker()
+    order = np.argsort(-last_logits(PROMPT)).tolist()
+    words = [[[*PROMPT[-2:], order[0]]]] * 2  # completed by the likeliest token, if the prompt is in the slot's row
+    sampling = sampling_batch([5, 5], [0, 1], [6, 6], words=words)
+    result = run.submit(batches.batch([Part(0, 0, PROMPT)], sampling, forks=pairs((0, 1, 6)))).result()
+    run.close()
+    assert result.token_ids.tolist() == [order[1], order[1]]
+
+
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     run, batches = make(), maker()
     ids = [*PROMPT, 2, 60, 33]

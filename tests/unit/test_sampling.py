@@ -165,10 +165,11 @@ def kept_by(logits: list[float], **columns) -> set[int]:
 def test_filters_keep_exactly_what_they_say() -> None:
     logits = np.log([0.5, 0.3, 0.15, 0.05]).tolist()
     assert kept_by(logits) == {0, 1, 2, 3}
-    assert kept_by(logits, top_p=0.49) == {0}
-    assert kept_by(logits, top_p=0.51) == {0, 1}
+    assert kept_by(logits, top_p=0.499) == {0}
+    assert kept_by(logits, top_p=0.501) == {0, 1}
     assert kept_by(logits, top_p=0.81) == {0, 1, 2}
     assert kept_by(logits, top_p=1e-6) == {0}
+    assert kept_by([0.0, 0.0], top_p=0.5) == {0}  # exactly enough
     assert kept_by(logits, min_p=0.29) == {0, 1, 2}
     assert kept_by(logits, min_p=0.31) == {0, 1}
     assert kept_by(logits, min_p=1.0) == {0}
