@@ -79,10 +79,10 @@ def compile_kernels(
     sources = list(sources)
     found = {source.name: _stored(home, source, arch) for source in sources}
     missing = [source for source in sources if found[source.name] is None]
-    for language in {source.language for source in missing}:
-        if _compiler_version(language) is None:
+    for source in missing:
+        if _compiler_version(source.language) is None:
             raise CompileError(
-                f"{missing[0].name}: not in {home} and cannot be compiled, because {COMPILERS[language]} is not "
+                f"{source.name}: not in {home} and cannot be compiled, because {COMPILERS[source.language]} is not "
                 f"installed; install nf[cuda] or point NF_KERNEL_BUNDLE at a bundle made by `nf compile`"
             )
     for source, artifact in _compile_all(home, missing, arch, processes):
