@@ -1,4 +1,4 @@
-"""Compiled artifacts: kept, found again, made anew when anything they depend on has changed. The compiler is a double."""
+"""Compiled artifacts: kept, found again, made anew when what they depend on has changed. The compiler is a double."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def test_a_bundle_loads_without_a_compiler_and_tells_what_is_wrong(compiler: Com
         load_bundle([kernel()], ARCH, tmp_path / "nowhere")
 
 
-def test_the_digest_covers_the_whole_declaration(compiler: Compiler) -> None:
+@pytest.mark.usefixtures("compiler")
+def test_the_digest_covers_the_whole_declaration() -> None:
     one = kernel(TILE=64)
     others = [replace(one, entry="b"), replace(one, parameters=("pointer",)), replace(one, config=(("TILE", 65),))]
     assert len({source.digest(ARCH) for source in [one, *others]}) == 4
