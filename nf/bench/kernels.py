@@ -1,0 +1,179 @@
+"""``nf bench kernels``: every kernel against a reference in the same run, at steady state.
+
+A kernel's cases stand in ``nf/bench/<kernel>_cases.py`` as a function ``rows(bench) -> Iterator[Row]``. A score is the
+kernel's speed over the reference's: 1 is as fast, and a floor is the least it should be.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from nf.bench.measure import Call, Measurement, measure
+from nf.kernels.compile import Artifact
+from nf.kernels.registry import all_sources, artifacts
+from nf.kernels.source import KernelSource
+
+CASES = ("gemm", "decode_attention", "prefill_attention", "memory", "sampling")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table.
+
+    ``work`` is what one call must do, in bytes or floating-point operations. ``score`` is relative to ``reference``;
+    ``floor`` is None where none is set.
+    """
+
+    kernel: str
+    case: str
+    measured: Measurement
+    work: float
+    unit: Literal["B", "FLOP"]
+    reference: str
+    score: float
+    floor: float | None
+
+    @property
+    def rate(self) -> float:
+        """Work per second."""
+        return self.work / self.measured.seconds
+
+    @property
+    def holds(self) -> bool:
+        return self.floor is None or self.score >= self.floor
+
+
+class Bench:
+    """What the cases share: the compiled kernels, random data and the ceilings of this card, measured once."""
+
+    def __init__(self, sources: list[KernelSource], arch: str = "sm_90a") -> None:
+        self._artifacts = {artifact.source.name: artifact for artifact in artifacts(sources, arch)}
+
+    def artifacts(self, sources: list[KernelSource]) -> list[Artifact]:
+        """Compiled forms of these sources."""
+        return [self._artifacts[source.name] for source in sources]
+
+    @cached_property
+    def sms(self) -> int:
+        import cupy
+
+        return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Any:
+        """Normal random numbers as bf16 (cupy uint16 holding the bits)."""
+        import cupy
+
+        bits = (cupy.random.standard_normal(shape, dtype=cupy.float32) * scale).view(cupy.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(cupy.uint16)
+
+    def rotate(self, make: Callable[[], Call], bytes_per_call: int, *, at_least: int = 256 << 20) -> list[Call]:
+        """Calls on enough sets of buffers that the L2 cache cannot hold what the next one reads."""
+        return [make() for _ in range(max(1, math.ceil(at_least / bytes_per_call)))]
+
+    def read_rate(self, sms: int | None = None) -> float:
+        """Bytes per second of a pure streaming read on ``sms`` SMs: the best of a few rings."""
+        from nf.kernels import stream_read
+
+        key = sms or self.sms
+        if key not in self._read_rates:
+            memory = self.normal(1 << 30)  # 2 GiB
+            (artifact,) = self.artifacts(stream_read.sources())
+            best = 0.0
+            for warps, stages in ((4, 3), (2, 6), (1, 12)):
+                read = stream_read.StreamRead(artifact, warps=warps, stages=stages)
+
+                def call(stream: int, read: Any = read) -> None:
+                    read(memory.data.ptr, memory.nbytes, sms=key, stream=stream)
+
+                best = max(best, memory.nbytes / measure([call]).seconds)
+            self._read_rates[key] = best
+        return self._read_rates[key]
+
+    @cached_property
+    def _read_rates(self) -> dict[int, float]:
+        return {}
+
+    @cached_property
+    def copy_rate(self) -> float:
+        """Bytes per second, read and written together, of the driver's device-to-device copy."""
+        import cupy
+
+        source, target = self.normal(1 << 29), cupy.empty(1 << 29, cupy.uint16)
+
+        def call(stream: int) -> None:
+            cupy.cuda.runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, 3, stream)
+
+        return 2.0 * float(source.nbytes) / measure([call]).seconds
+
+
+def run(only: list[str], progress: Callable[[Row], None]) -> list[Row]:
+    """All rows of the chosen cases (all if none is named), each handed to ``progress`` as it is measured."""
+    bench = Bench(all_sources())
+    rows = []
+    for name in only or CASES:
+        cases: Iterator[Row] = importlib.import_module(f"nf.bench.{name}_cases").rows(bench)
+        for row in cases:
+            progress(row)
+            rows.append(row)
+    return rows
+
+
+def line(row: Row) -> str:
+    """A row of the table as text."""
+    rate = f"{row.rate / 1e12:7.2f} TB/s   " if row.unit == "B" else f"{row.rate / 1e12:7.1f} TFLOP/s"
+    floor = "" if row.floor is None else f" (floor {row.floor:.2f}{'' if row.holds else ', missed'})"
+    watts = "" if math.isnan(row.measured.joules) else f"{row.measured.watts:4.0f} W"
+    return (
+        f"{row.kernel:18} {row.case:44} {row.measured.seconds * 1e6:9.1f} µs {rate} {watts}  "
+        f"{row.score:5.3f} × {row.reference}{floor}"
+    )
+
+
+def record(rows: list[Row]) -> dict[str, Any]:
+    """The rows with where and when they were measured, for a JSON file."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment(),
+        "rows": [asdict(row) | {"rate": row.rate, "holds": row.holds} for row in rows],
+    }
+
+
+def environment() -> dict[str, Any]:
+    """GPU, driver, versions and commit."""
+    import cupy
+
+    from nf import __version__
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    return {
+        "gpu": properties["name"].decode(),
+        "driver": cupy.cuda.runtime.driverGetVersion(),
+        "runtime": cupy.cuda.runtime.runtimeGetVersion(),
+        "cublas": cupy.cuda.cublas.getVersion(cupy.cuda.Device().cublas_handle),
+        "cupy": cupy.__version__,
+        "nf": __version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(rows: list[Row], path: Path) -> None:
+    path.write_text(json.dumps(record(rows), indent=1) + "\n")

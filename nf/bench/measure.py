@@ -1,0 +1,102 @@
+"""Time and energy of GPU work at steady state.
+
+Clocks follow power within a few hundred milliseconds, so timings shorter than that run at burst clocks and mislead:
+everything is warmed up and then timed for long enough, as replays of a CUDA graph, so that the host's launches do not
+count. Energy is the card's own counter, all of the card included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+WARM_SECONDS = 0.4
+RUN_SECONDS = 0.5
+CALLS_PER_GRAPH = 20  # at least; a graph of rotating buffers holds each of them equally often
+
+Call = Callable[[int], None]
+"""Launches the work to be measured, once, on the stream (an integer) it is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Of one call: ``seconds`` and ``joules``; ``watts`` on average. Energy is NaN where the driver does not tell."""
+
+    seconds: float
+    joules: float
+
+    @property
+    def watts(self) -> float:
+        return self.joules / self.seconds
+
+
+def measure(calls: list[Call], *, warm: float = WARM_SECONDS, run: float = RUN_SECONDS) -> Measurement:
+    """Mean time and energy of one call, taking ``calls`` in turn.
+
+    Args:
+        calls: the same work on different buffers, together larger than the L2 cache where memory traffic matters.
+        warm, run: seconds.
+    """
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    rounds = -(-CALLS_PER_GRAPH // len(calls))
+    with stream:
+        for call in calls:  # loads modules, which a capture must not
+            call(stream.ptr)
+        stream.synchronize()
+        stream.begin_capture()
+        for _ in range(rounds):
+            for call in calls:
+                call(stream.ptr)
+        graph = stream.end_capture()
+        once = _replay(graph, stream, 1)
+        _replay(graph, stream, max(1, round(warm / once)))
+        once = _replay(graph, stream, max(1, round(0.1 / once)))
+        replays = max(1, round(run / once))
+        before = energy()
+        seconds = _replay(graph, stream, replays) * replays
+        joules = energy() - before
+    count = replays * rounds * len(calls)
+    return Measurement(seconds / count, joules / count)
+
+
+def _replay(graph: Any, stream: Any, count: int) -> float:
+    """Seconds per replay, by events."""
+    import cupy
+
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    start.record(stream)
+    for _ in range(count):
+        graph.launch(stream)
+    end.record(stream)
+    end.synchronize()
+    return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3 / count
+
+
+def energy() -> float:
+    """Joules the current GPU has used since the driver was loaded; NaN if it does not tell."""
+    nvml, device = _nvml()
+    millijoules = ctypes.c_ulonglong()
+    if nvml is None or nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules)):
+        return float("nan")
+    return millijoules.value / 1e3
+
+
+@functools.cache
+def _nvml() -> tuple[Any, ctypes.c_void_p]:
+    """NVML and its handle of the current device, found by PCI address: the two libraries number devices differently."""
+    import cupy
+
+    device = ctypes.c_void_p()
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None, device
+    address = cupy.cuda.Device().pci_bus_id.encode()
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByPciBusId_v2(address, ctypes.byref(device)):
+        return None, device
+    return nvml, device
