@@ -26,7 +26,7 @@ $(BIN)/nf: pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/nf
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,compile]'
 	@touch $@
 
 clean:

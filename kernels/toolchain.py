@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,17 @@ def _compile_cute(source: KernelSource, arch: str) -> bytes:
 
 @functools.cache
 def _dsl_library() -> Path:
-    """The DSL's native libraries. Its runtime must be loaded globally before an export where there is no libcuda."""
-    import cutlass
+    """Make the DSL importable and return the folder of its native libraries.
 
-    library = Path(str(cutlass.__file__)).parents[2] / "cu13" / "lib"
+    Its packages stand in a folder of their own, which only NVIDIA's metapackage puts on the path (and that one brings
+    the CUDA 12 libraries along). Its runtime must be loaded globally before an export where there is no libcuda.
+    """
+    import nvidia_cutlass_dsl
+
+    home = Path(next(iter(nvidia_cutlass_dsl.__path__)))
+    packages = str(home / "dsl_packages")
+    if packages not in sys.path:
+        sys.path.append(packages)
+    library = home / "cu13" / "lib"
     ctypes.CDLL(str(library / "libcute_dsl_runtime.so"), mode=ctypes.RTLD_GLOBAL)
     return library
