@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from nf.errors import PlanError
 from nf.graphs.builtin import BUILT_IN, nano_batch_plan, sequential_plan
@@ -76,7 +75,7 @@ def load_plan(
         plan = BUILT_IN[name](operations, dense_batch_size)
         validate(plan, operations, gpu_sms=gpu_sms)
         return plan
-    text = _read(Path(name))
+    text = _read(name)
     try:
         plan = PipelinePlan.from_json(text)
         if dense_batch_size is not None and plan.dense_batch_size != dense_batch_size:
@@ -90,19 +89,19 @@ def load_plan(
     return plan
 
 
-def _read(path: Path) -> str:
+def _read(name: str) -> str:
     try:
-        with path.open("rb") as file:
+        with open(name, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise PlanError(str(path), f"is neither a file nor a built-in plan ({', '.join(BUILT_IN)})") from None
+        raise PlanError(name or "plan", f"is neither a file nor a built-in plan ({', '.join(BUILT_IN)})") from None
     except OSError as error:
-        raise PlanError(str(path), f"cannot be read ({error.strerror})") from None
+        raise PlanError(name, f"cannot be read ({error.strerror})") from None
     except ValueError as error:  # no operating system has such a path
-        raise PlanError(str(path), f"cannot be read ({error})") from None
+        raise PlanError(name, f"cannot be read ({error})") from None
     if len(data) > MAX_FILE_BYTES:
-        raise PlanError(str(path), f"is larger than a plan can be ({MAX_FILE_BYTES >> 20} MiB)")
+        raise PlanError(name, f"is larger than a plan can be ({MAX_FILE_BYTES >> 20} MiB)")
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise PlanError(str(path), "is not UTF-8 text; a plan is a JSON file") from None
+        raise PlanError(name, "is not UTF-8 text; a plan is a JSON file") from None

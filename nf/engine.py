@@ -217,7 +217,10 @@ class Engine:
     ) -> None:
         if token_id < 0:
             position = len(sequence.token_ids) + 1
-            state.error = f"the model's logits for output token {position} of continuation {sequence.index} hold a NaN"
+            state.error = (
+                f"output token {position} of continuation {sequence.index} cannot be sampled: "
+                "the model's logits hold a NaN or an infinity, or the parameters leave no token"
+            )
             sequence.finish("error")
             self._leave(state, sequence)
             return

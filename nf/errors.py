@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+MAX_SHOWN = 60
+"""Most characters of a user's value that an error repeats."""
+
 
 class NfError(Exception):
     """Base of all errors raised on purpose by nf."""
@@ -28,3 +31,12 @@ class PlanError(InputError):
 
 class EngineError(NfError, RuntimeError):
     """The engine cannot go on: the executor failed or the engine is closed. ``__cause__`` holds the reason."""
+
+
+def shown(value: object) -> str:
+    """A value as an error may show it: its repr, but short, and there is one for every value."""
+    try:
+        text = repr(value)
+    except Exception:  # integers of thousands of digits have none, nor do objects with a bug
+        return f"<{type(value).__name__} that cannot be shown>"
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"

@@ -7,12 +7,12 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nf.errors import InputError
+from nf.errors import InputError, shown
 from nf.limits import NO_TOKENIZER, Limits
 from nf.request import Request
 from nf.sampling_params import SamplingParams
@@ -34,7 +34,7 @@ class Ticket:
 
     Args:
         number: running number among the prompts given to this engine.
-        request_id: the user's, or the number.
+        request_id: the user's, or one made of the number.
         arrival_time: seconds of the monotonic clock.
     """
 
@@ -79,9 +79,14 @@ class Inputs:
     def ticket(self, request_id: str | None = None) -> Ticket:
         """Take the next running number."""
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
-            raise InputError("request_id", f"must be a non-empty string, not {request_id!r:.60}")
+            raise InputError("request_id", f"must be a non-empty string, not {shown(request_id)}")
         number = next(self._numbers)
-        return Ticket(number, str(number) if request_id is None else request_id, time.monotonic())
+        return Ticket(number, f"nf-{number}" if request_id is None else request_id, time.monotonic())
+
+    def close(self) -> None:
+        """End what runs for the chat template."""
+        if self._chat_template is not None:
+            self._chat_template.close()
 
     def requests(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -119,12 +124,12 @@ class Inputs:
         if params is None or isinstance(params, SamplingParams):
             return [("", self.default_params if params is None else params)] * count
         if not isinstance(params, Sequence):
-            raise InputError("sampling_params", f"must be SamplingParams or a list of them, not {params!r:.60}")
+            raise InputError("sampling_params", f"must be SamplingParams or a list of them, not {shown(params)}")
         if len(params) != count:
             raise InputError("sampling_params", f"holds {len(params)} entries for {count} prompts; give one for each")
         for index, one in enumerate(params):
             if not isinstance(one, SamplingParams):
-                raise InputError(f"sampling_params[{index}]", f"must be SamplingParams, not {one!r:.60}")
+                raise InputError(f"sampling_params[{index}]", f"must be SamplingParams, not {shown(one)}")
         return [(f"sampling_params[{index}].", one) for index, one in enumerate(params)]
 
     def request(
@@ -140,7 +145,7 @@ class Inputs:
         """Tokenize and check one prompt; errors are about ``field`` or ``params_field`` + a field of ``params``."""
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
-            raise InputError("sampling_params", f"must be SamplingParams, not {params!r:.60}")
+            raise InputError("sampling_params", f"must be SamplingParams, not {shown(params)}")
         text, token_ids = self._tokens(field, prompt, add_special_tokens)
         params = self._limits.check_length(field, len(token_ids), params, params_field)
         stop_token_ids = () if params.ignore_eos else self._eos_token_ids
@@ -188,11 +193,11 @@ class Inputs:
             ((name, value),) = prompt.items()
             field = f"{field}.{name}"
             if isinstance(value, str) != (name == "prompt"):
-                raise InputError(field, f"must be {'a text' if name == 'prompt' else 'token ids'}, not {value!r:.60}")
+                raise InputError(field, f"must be {'a text' if name == 'prompt' else 'token ids'}, not {shown(value)}")
             prompt = value
         if isinstance(prompt, str):
             return prompt, self._limits.token_ids(field, self._encode(field, prompt, add_special_tokens))
-        if not isinstance(prompt, Sequence | np.ndarray):
+        if not _is_list(prompt):
             raise InputError(field, f"must be a text, a list of token ids or a mapping, not {type(prompt).__name__}")
         return None, self._limits.token_ids(field, cast(Sequence[int], prompt))
 
@@ -234,10 +239,10 @@ def template_variables(
     """Keyword arguments of ``ChatTemplate.render``, once none is given twice."""
     named = {"add_generation_prompt": add_generation_prompt, "tools": tools}
     if others is not None and not isinstance(others, Mapping):
-        raise InputError("chat_template_kwargs", f"must map names to values, not {others!r:.60}")
+        raise InputError("chat_template_kwargs", f"must map names to values, not {shown(others)}")
     for name in others or {}:
         if not isinstance(name, str) or name in {*named, "messages"}:
-            raise InputError("chat_template_kwargs", f"must not hold {name!r:.60}; it has an argument of its own")
+            raise InputError("chat_template_kwargs", f"must not hold {shown(name)}; it has an argument of its own")
     return {**named, **(others or {})}
 
 
@@ -251,7 +256,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> tuple[list[str], list[Prompt]
     """Each prompt, with what errors call it."""
     if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
         return ["prompts"], [cast(Prompt, prompts)]
-    if not isinstance(prompts, Sequence | np.ndarray):
+    if not _is_list(prompts):
         raise InputError("prompts", f"must be a text, token ids, or a list of such, not {type(prompts).__name__}")
     if len(prompts) == 0:
         raise InputError("prompts", "is empty; give at least one prompt")
@@ -261,6 +266,11 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> tuple[list[str], list[Prompt]
 def _is_token_ids(value: object) -> bool:
     if isinstance(value, np.ndarray):
         return value.ndim == 1 and value.dtype.kind in "iu" and len(value) > 0
-    if not isinstance(value, Sequence) or not len(value):
-        return False
-    return isinstance(value[0], int | np.integer)
+    return _is_list(value) and len(value) > 0 and isinstance(value[0], int | np.integer)
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Lists, tuples, arrays; bytes are a text that was not decoded, whatever Python says."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)

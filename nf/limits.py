@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nf.errors import InputError
+from nf.errors import InputError, shown
 from nf.request import Request
 from nf.sampling_params import SamplingParams
 
@@ -39,9 +39,9 @@ class Limits:
         vocab_size = self.vocab_size
         for position, token_id in enumerate(token_ids):
             if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
-                raise InputError(f"{field}[{position}]", f"must be a token id, not {token_id!r:.60}")
+                raise InputError(f"{field}[{position}]", f"must be a token id, not {shown(token_id)}")
             if not 0 <= token_id < vocab_size:
-                raise InputError(f"{field}[{position}]", f"token id {token_id} is not in [0, {vocab_size})")
+                raise InputError(f"{field}[{position}]", f"token id {shown(int(token_id))} is not in [0, {vocab_size})")
         return np.array(token_ids, np.int32)
 
     def check_length(self, field: str, prompt_len: int, params: SamplingParams, params_field: str) -> SamplingParams:
@@ -70,7 +70,7 @@ class Limits:
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token_id in getattr(params, name) or ():
                 if token_id >= vocab_size:
-                    raise InputError(f"{params_field}{name}", f"token id {token_id} is not in [0, {vocab_size})")
+                    raise InputError(f"{params_field}{name}", f"token id {shown(token_id)} is not in [0, {vocab_size})")
         for name in ("stop", "bad_words"):
             if getattr(params, name) and not self.has_tokenizer:
                 raise InputError(f"{params_field}{name}", NO_TOKENIZER)

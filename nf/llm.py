@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -38,7 +39,7 @@ class AsyncLLM:
         PlanError: the pipeline plan does not suit the model.
     """
 
-    def __init__(self, model: str | Loaded, **options: Unpack[Options]) -> None:
+    def __init__(self, model: str | os.PathLike[str] | Loaded, **options: Unpack[Options]) -> None:
         self.loaded = model if isinstance(model, Loaded) else load(model, **options)
         self.inputs = self.loaded.inputs
         self._engine = Engine(self.loaded.scheduler, self.loaded.executor, self.loaded.tokenizer)
@@ -111,6 +112,7 @@ class AsyncLLM:
         """End what is in flight with finish_reason "abort" and free everything; idempotent."""
         await self._engine.close()
         self._text_threads.shutdown(wait=False)
+        self.inputs.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -140,10 +142,13 @@ class AsyncLLM:
         self._engine.check_open()
         ticket = self.inputs.ticket(request_id)
         if ticket.request_id in self._preparing:
-            raise InputError("request_id", f"{request_id!r} is already in flight; ids must be unique")
+            raise InputError("request_id", f"{ticket.request_id!r} is already in flight; ids must be unique")
         self._preparing[ticket.request_id] = False
         try:
             request = await asyncio.get_running_loop().run_in_executor(self._text_threads, prepare, ticket)
+        except InputError:
+            self._engine.check_open()  # closing ends a template that is being rendered
+            raise
         finally:
             aborted = self._preparing.pop(ticket.request_id)
         if aborted:
@@ -192,7 +197,7 @@ class LLM:
         PlanError: the pipeline plan does not suit the model.
     """
 
-    def __init__(self, model: str | Loaded, **options: Unpack[Options]) -> None:
+    def __init__(self, model: str | os.PathLike[str] | Loaded, **options: Unpack[Options]) -> None:
         self._llm = AsyncLLM(model, **options)
         self._thread = LoopThread("nf-engine")
         self._close = weakref.finalize(self, self._thread.stop, self._llm.close)
@@ -224,6 +229,7 @@ class LLM:
             InputError: a prompt or parameter is not acceptable; nothing was started.
             EngineError: the engine failed or is closed.
         """
+        self._thread.check_open()
         return self._run(self._llm.inputs.requests(prompts, sampling_params), use_tqdm)
 
     def chat(
@@ -246,6 +252,7 @@ class LLM:
             tools: JSON descriptions of functions.
             chat_template_kwargs: further variables of the model's own template, e.g. ``enable_thinking``.
         """
+        self._thread.check_open()
         template = template_variables(add_generation_prompt, tools, chat_template_kwargs)
         return self._run(self._llm.inputs.chat_requests(messages, sampling_params, template), use_tqdm)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -20,18 +21,28 @@ class LoopThread:
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._lock = threading.Lock()  # between handing in a coroutine and stopping
         self._stopping = False
+        self._process = os.getpid()  # a forked child has no such thread
         self._thread.start()
+
+    def check_open(self) -> None:
+        """Raise EngineError if nothing can run here any more."""
+        if self._process != os.getpid():
+            raise EngineError("the engine belongs to the process that made it; make another after a fork")
+        if self._stopping:
+            raise EngineError("the engine is closed")
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run to the end and return the result; interrupting the caller (Ctrl-C) cancels the coroutine.
 
         Raises:
-            EngineError: the thread has been stopped.
+            EngineError: the thread has been stopped, or this is a forked process.
         """
         with self._lock:
-            if self._stopping:
+            try:
+                self.check_open()
+            except EngineError:
                 coroutine.close()
-                raise EngineError("the engine is closed")
+                raise
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
@@ -44,6 +55,8 @@ class LoopThread:
 
         Called on the thread itself (a garbage collection may run anywhere), it only starts all that.
         """
+        if self._process != os.getpid():
+            return
         with self._lock:
             if not self._stopping:
                 self._stopping = True

@@ -8,13 +8,15 @@ import os
 from pathlib import Path
 
 from nf.config import EngineConfig, ModelConfig
+from nf.errors import InputError
 from nf.models.declaration import Model
 from nf.models.operations import Rows
 
 logger = logging.getLogger(__name__)
 
 RAM_SHARE = 0.25
-"""Most of the free RAM that the device pages take by default on the CPU; host pages may take as much again."""
+"""Most of the RAM left beside the weights that the device pages take by default on the CPU; host pages may take as
+much again."""
 
 CPU_VALUE_BYTES = 4  # the CPU executor computes and caches in float32
 _FALLBACK_RAM = 4 << 30  # where the operating system does not say
@@ -25,38 +27,79 @@ def kv_bytes_per_token(model: ModelConfig) -> int:
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * CPU_VALUE_BYTES
 
 
-def pool_sizes(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
+def pool_sizes(config: EngineConfig, model: Model) -> tuple[int, int]:
     """Device pages and host pages, as configured or else by memory.
 
-    Device pages: what ``max_num_seqs`` sequences of ``max_model_len`` tokens need, but at most RAM_SHARE of the free
-    RAM. Host pages: what is missing to that need, but no more than the device pages. Either is taken from the
-    operating system only when it is first written.
+    Device pages: what ``max_num_seqs`` sequences of ``max_model_len`` tokens need, but at most RAM_SHARE of the RAM
+    that weights and tables leave. Host pages: what is missing to that need, but no more than the device pages. Either
+    is taken from the operating system only when it is first written.
+
+    Raises:
+        InputError: tables for ``max_model_len`` positions, or the pages, need more RAM than there is.
     """
+    free = _free_for_pages(config, model)
     assert config.max_model_len is not None
     needed = config.max_num_seqs * -(-config.max_model_len // config.page_size)
-    page_bytes = config.page_size * kv_bytes_per_token(model)
-    num_pages = config.num_pages
+    page_bytes = config.page_size * kv_bytes_per_token(model.config)
+    num_pages, num_host_pages = config.num_pages, config.num_host_pages
     if num_pages is None:
-        free = free_ram()
         affordable = max(1, int(free * RAM_SHARE) // page_bytes)
         num_pages = min(needed, affordable)
         logger.info(
-            "KV cache: %d pages of %d tokens, up to %.1f MiB; %d sequences of %d tokens would need %d, and %d %% of "
-            "%.1f MiB free RAM hold %d",
+            "KV cache: %d pages of %d tokens, up to %s; %d sequences of %d tokens would need %d, and %d %% of the %s "
+            "that weights leave hold %d",
             num_pages,
             config.page_size,
-            num_pages * page_bytes / 2**20,
+            mebibytes(num_pages * page_bytes),
             config.max_num_seqs,
             config.max_model_len,
             needed,
             round(RAM_SHARE * 100),
-            free / 2**20,
+            mebibytes(free),
             affordable,
         )
-    num_host_pages = config.num_host_pages
     if num_host_pages is None:
-        num_host_pages = min(num_pages, max(0, needed - num_pages))
+        num_host_pages = min(num_pages, max(0, needed - num_pages), max(0, free // page_bytes - num_pages))
+    if (num_pages + num_host_pages) * page_bytes > free:
+        raise InputError(
+            _whose_fault(config),
+            f"{num_pages} KV pages of {config.page_size} tokens and {num_host_pages} on the host need "
+            f"{mebibytes((num_pages + num_host_pages) * page_bytes)}, and {mebibytes(free)} are free",
+        )
     return num_pages, num_host_pages
+
+
+def _whose_fault(config: EngineConfig) -> str:
+    """The option that asks for more pages than there is memory for."""
+    if config.num_pages is not None:
+        return "num_pages"
+    return "num_host_pages" if config.num_host_pages else "page_size"
+
+
+def _free_for_pages(config: EngineConfig, model: Model) -> int:
+    """Bytes of RAM that weights and tables leave."""
+    assert config.max_model_len is not None
+    free = max(0, free_ram() - weight_bytes(model))
+    tables = _table_bytes(config, model.config, config.max_model_len)
+    if tables > free:
+        raise InputError(
+            "max_model_len",
+            f"tables for {config.max_model_len} positions of {config.max_num_seqs} sequences need {mebibytes(tables)}, "
+            f"and {mebibytes(free)} are free; lower it or max_num_seqs",
+        )
+    return free - tables
+
+
+def _table_bytes(config: EngineConfig, model: ModelConfig, max_model_len: int) -> int:
+    """What grows with the model's length whatever runs: cosines and sines, token buffer and page table."""
+    rotary = max_model_len * model.head_dim * CPU_VALUE_BYTES
+    per_seq = max_model_len + -(-max_model_len // config.page_size)
+    return rotary + config.max_num_seqs * per_seq * 4  # token ids and page numbers are int32
+
+
+def mebibytes(num_bytes: int) -> str:
+    """As errors show it; an absurd model's number of bytes may exceed what a float holds."""
+    return f"{num_bytes >> 20:,} MiB" if num_bytes >> 30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def weight_bytes(model: Model) -> int:

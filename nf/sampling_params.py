@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from nf.errors import InputError
+from nf.errors import InputError, shown
 
 MAX_N = 128
+MAX_COUNT = 2**31 - 1  # of top_k and max_tokens: executors count in 32 bits
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
@@ -26,7 +26,7 @@ class SamplingParams:
         n: continuations sampled per prompt, 1 … 128; they share the prompt's KV pages.
         temperature: 0 is greedy; at most 2.
         top_p: keep the smallest set of tokens whose probability reaches this, (0, 1].
-        top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        top_k: keep the k most likely tokens, at most 2³¹-1; 0 or -1 keeps all.
         min_p: drop tokens less likely than this fraction of the most likely one, [0, 1].
         presence_penalty, frequency_penalty: subtracted from logits of tokens already generated, once or per
             occurrence, [-2, 2].
@@ -77,7 +77,7 @@ class SamplingParams:
         _check_int("n", self.n, 1, MAX_N)
         _check_number("temperature", self.temperature, 0.0, 2.0)
         _check_number("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _check_int("top_k", self.top_k, -1, None)
+        _check_int("top_k", self.top_k, -1, MAX_COUNT)
         _check_number("min_p", self.min_p, 0.0, 1.0)
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
@@ -85,14 +85,14 @@ class SamplingParams:
         if self.seed is not None:
             _check_int("seed", self.seed, 0, 2**64 - 1)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, None)
-        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+            _check_int("max_tokens", self.max_tokens, 1, MAX_COUNT)
+        _check_int("min_tokens", self.min_tokens, 0, MAX_COUNT if self.max_tokens is None else self.max_tokens)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
-                raise InputError(name, f"must be true or false, not {getattr(self, name)!r}")
+                raise InputError(name, f"must be true or false, not {shown(getattr(self, name))}")
         self._freeze_lists()
         if self.n > 1 and self.greedy:
             raise InputError("n", f"{self.n} greedy continuations would be equal; set temperature above 0 or n to 1")
@@ -142,17 +142,17 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(name, f"must be an integer, not {value!r}")
+        raise InputError(name, f"must be an integer, not {shown(value)}")
     if value < low or (high is not None and value > high):
-        raise InputError(name, f"must be {_range(low, high)}, not {value}")
+        raise InputError(name, f"must be {_range(low, high)}, not {shown(value)}")
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(name, f"must be a number, not {value!r}")
-    if not math.isfinite(value) or value < low or value > high or (low_open and value == low):
+        raise InputError(name, f"must be a number, not {shown(value)}")
+    if not low <= value <= high or (low_open and value == low):  # NaN is in no range
         left = "(" if low_open else "["
-        raise InputError(name, f"must be in {left}{low:g}, {high:g}], not {value}")
+        raise InputError(name, f"must be in {left}{low:g}, {high:g}], not {shown(value)}")
 
 
 def _range(low: int, high: int | None) -> str:
@@ -163,14 +163,16 @@ def _strings(name: str, values: Any, most: int, most_chars: int) -> tuple[str, .
     if values is None:
         return ()
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise InputError(name, f"must be a list of strings, not {values!r}")
+        raise InputError(name, f"must be a list of strings, not {shown(values)}")
     if len(values) > most:
         raise InputError(name, f"takes at most {most} strings, not {len(values)}")
     for value in values:
         if not isinstance(value, str) or not value:
-            raise InputError(name, f"must hold non-empty strings, not {value!r}")
+            raise InputError(name, f"must hold non-empty strings, not {shown(value)}")
         if len(value) > most_chars:
             raise InputError(name, f"takes strings of at most {most_chars} characters, not {len(value)}")
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise InputError(name, f"must hold Unicode text, not half of a surrogate pair as in {shown(value)}")
     return tuple(values)
 
 
@@ -178,7 +180,7 @@ def _token_ids(name: str, values: Any) -> tuple[int, ...] | None:
     if values is None:
         return None if name == "allowed_token_ids" else ()
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise InputError(name, f"must be a list of token ids, not {values!r}")
+        raise InputError(name, f"must be a list of token ids, not {shown(values)}")
     if len(values) > MAX_TOKEN_LIST:
         raise InputError(name, f"takes at most {MAX_TOKEN_LIST} token ids, not {len(values)}")
     for value in values:
@@ -186,14 +188,17 @@ def _token_ids(name: str, values: Any) -> tuple[int, ...] | None:
     return tuple(values)
 
 
+_MAX_KEY_DIGITS = 20
+
+
 def _bias(values: Any) -> dict[int, float]:
     if not isinstance(values, Mapping):
-        raise InputError("logit_bias", f"must map token ids to numbers, not {values!r}")
+        raise InputError("logit_bias", f"must map token ids to numbers, not {shown(values)}")
     if len(values) > MAX_LOGIT_BIAS:
         raise InputError("logit_bias", f"takes at most {MAX_LOGIT_BIAS} token ids, not {len(values)}")
     checked: dict[int, float] = {}
     for key, value in values.items():
-        if isinstance(key, str) and key.isdecimal():
+        if isinstance(key, str) and key.isdecimal() and len(key) <= _MAX_KEY_DIGITS:
             key = int(key)  # JSON object keys are strings
         _check_int("logit_bias", key, 0, None)
         _check_number("logit_bias", value, -100.0, 100.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,13 +253,15 @@ def _read_index(path: Path) -> dict[Path, list[str]]:
             )
         shards.setdefault(path.parent / file_name, []).append(name)
     for shard in shards:
-        if not shard.exists():
+        if not os.path.exists(shard):  # unlike Path's, False for a name that no file could have
             raise ModelError(str(shard), f"does not exist, but {INDEX_FILE} names it; download the model again")
     return shards
 
 
 def _read_header(path: Path) -> dict[str, TensorEntry]:
     """The entries of a safetensors file, once the safetensors library finds it well-formed."""
+    if path.is_dir():  # the library speaks of a device then
+        raise ModelError(str(path), "is a directory, not a safetensors file")
     try:
         with safe_open(path, framework="numpy"):  # length, header size, overlap and overflow are checked here
             pass

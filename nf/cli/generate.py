@@ -167,6 +167,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--system", "needs --chat")
     if args.overwrite and args.output is None:
         raise InputError("--overwrite", "needs --output FILE")
+    if args.output == "-":
+        raise InputError("--output", "takes a file; --json prints the same lines to stdout")
     as_json = args.json or args.output is not None
     for name in ("logprobs", "prompt_logprobs", "token_ids"):
         if getattr(args, name) and not as_json:

@@ -86,7 +86,10 @@ def _sentence(error: Exception) -> str:
 
 
 def _prepare_streams() -> None:
-    """Text a terminal cannot show becomes `?` instead of an error; warnings become one line."""
+    """Text a terminal cannot show becomes `?` instead of an error; warnings become one line; closed is /dev/null."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

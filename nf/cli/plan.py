@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nf.cli.parser import add_common_options
 
 if TYPE_CHECKING:  # the commands import what they need when they run
+    from nf.graphs.plan import PipelinePlan
     from nf.models.operations import Operation
 
 _DESCRIPTION = """\
@@ -69,34 +70,40 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from nf.cli.timeline import timeline
-    from nf.config import EngineConfig
     from nf.errors import InputError
-    from nf.graphs.plan import BUILT_IN, load_plan
 
     if args.layers is not None and not 1 <= args.layers <= 1000:
         raise InputError("--layers", f"must be 1 to 1000, got {args.layers}")
-    size = args.dense_batch_size
-    if size is None and args.plan in BUILT_IN:
-        size = EngineConfig().max_num_batched_tokens
     operations = _operations(args.model)
-    plan = load_plan(args.plan, operations, size)
+    plan = _load(args.plan, operations, args.dense_batch_size)
     print(plan.to_json() if args.json else timeline(plan, operations, args.layers), end="")
     return 0
 
 
 def _validate(args: argparse.Namespace) -> int:
     from nf.errors import InputError
-    from nf.graphs.plan import load_plan
 
     if args.gpu_sms is not None and args.gpu_sms < 1:
         raise InputError("--gpu-sms", f"must be at least 1, got {args.gpu_sms}")
-    plan = load_plan(args.file, _operations(args.model), gpu_sms=args.gpu_sms)
+    plan = _load(args.file, _operations(args.model), None, gpu_sms=args.gpu_sms)
     count = sum(len(stream.nano_operations) for stream in plan.streams)
     print(
         f'valid: plan "{plan.name}" runs {count} nano-operations per layer on {len(plan.streams)} stream(s), '
         f"{plan.dense_batch_size} tokens in {len(plan.nano_batches)} nano-batch(es)"
     )
     return 0
+
+
+def _load(
+    name: str, operations: tuple[Operation, ...], dense_batch_size: int | None, *, gpu_sms: int | None = None
+) -> PipelinePlan:
+    """A built-in plan is made for the engine's own batch size where none is given."""
+    from nf.config import EngineConfig
+    from nf.graphs.plan import BUILT_IN, load_plan
+
+    if dense_batch_size is None and name in BUILT_IN:
+        dense_batch_size = EngineConfig().max_num_batched_tokens
+    return load_plan(name, operations, dense_batch_size, gpu_sms=gpu_sms)
 
 
 def _operations(model: str | None) -> tuple[Operation, ...]:

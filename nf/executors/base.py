@@ -26,7 +26,7 @@ class TopLogprobs:
 class StepResult:
     """What a step sampled, in the order of ``Batch.sampling`` and ``Batch.prompt_logprobs``."""
 
-    token_ids: NDArray[np.int32]  # [R] -1: the logits of this row held a NaN
+    token_ids: NDArray[np.int32]  # [R] -1: the row's logits held NaN or +inf, or every token was forbidden
     logprobs: TopLogprobs | None  # None if no row asked
     prompt_logprobs: TopLogprobs | None
 

@@ -7,7 +7,7 @@ both understood. A value that would change results and is not implemented is an 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_args
 
 from nf.config import ModelConfig, RopeConfig
-from nf.errors import InputError, ModelError
+from nf.errors import InputError, ModelError, shown
 from nf.models.declaration import GATE_UP_INTERLEAVE
 from nf.sampling_params import SamplingParams
 
@@ -57,6 +57,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "MixtralForCausalLM": _MIXTRAL,
     }
 )
+
+MAX_INTEGER = 2**31 - 1
+"""Greatest size or count that config.json may name; what indexes rows, positions and pages has 32 bits."""
 
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -152,20 +155,22 @@ class _Fields:
         if value is None:
             self.fail(key, "is missing")
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            self.fail(key, f"must be an integer of at least {low}, not {value!r}")
+            self.fail(key, f"must be an integer of at least {low}, not {shown(value)}")
+        if value > MAX_INTEGER:
+            self.fail(key, f"must be at most {MAX_INTEGER}, not {shown(value)}")
         return value
 
     def number(self, key: str, *, low: float = 0.0) -> float:
         """A finite number above ``low``."""
         value = self.values.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= low:
-            self.fail(key, f"must be a number above {low:g}, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= sys.float_info.max:
+            self.fail(key, f"must be a number above {low:g}, not {shown(value)}")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
-            self.fail(key, f"must be true or false, not {value!r}")
+            self.fail(key, f"must be true or false, not {shown(value)}")
         return bool(value)
 
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
@@ -174,14 +179,14 @@ class _Fields:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for item in ids:
             if isinstance(item, bool) or not isinstance(item, int):
-                self.fail(key, f"must be a token id or a list of token ids, not {value!r}")
+                self.fail(key, f"must be a token id or a list of token ids, not {shown(value)}")
         return tuple(dict.fromkeys(item for item in ids if 0 <= item < vocab_size))
 
     def object(self, key: str) -> _Fields:
         """The object under ``key``; null and a missing key read as an empty one."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
-            self.fail(key, f"must be an object, not {value!r}")
+            self.fail(key, f"must be an object, not {shown(value)}")
         return _Fields(self.path, {} if value is None else value, f"{key}.")
 
 
@@ -202,9 +207,9 @@ def _read(path: Path) -> _Fields:
 def _architecture(fields: _Fields) -> str:
     names = fields.values.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        fields.fail("architectures", f"must be a list with one of {', '.join(DEFAULTS)}, not {names!r}")
+        fields.fail("architectures", f"must be a list with one of {', '.join(DEFAULTS)}, not {shown(names)}")
     if names[0] not in DEFAULTS:
-        fields.fail("architectures", f"names {names[0]!r}, which is not supported; {', '.join(DEFAULTS)} are")
+        fields.fail("architectures", f"names {shown(names[0])}, which is not supported; {', '.join(DEFAULTS)} are")
     return names[0]
 
 

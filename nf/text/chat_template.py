@@ -71,6 +71,7 @@ class ChatTemplate:
 
     def render(
         self,
+        /,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
@@ -90,15 +91,20 @@ class ChatTemplate:
             InputError: a message is malformed, or the template fails, refuses the messages or exceeds a bound.
         """
         checked = _check_messages(messages)
-        spelled = _to_json({**variables, "messages": checked, "tools": tools})
+        shape = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        spelled = _to_json({**variables, **shape, "messages": checked})
         given = json.loads(spelled)  # so that what is searched for control tokens is what the template sees
-        own = {**self._special, "documents": None, "add_generation_prompt": add_generation_prompt}
+        own = {**self._special, "documents": None}
         marked = self._mark(given)
         if marked == given:
             return ChatPrompt(self._process.render({**own, **given}))
         if OPEN in spelled or CLOSE in spelled:
             raise InputError("messages", "hold a control token's text together with U+FDD0 or U+FDD1; remove either")
         return self._unmark(self._process.render({**own, **marked}))
+
+    def close(self) -> None:
+        """End the process that renders; another rendering starts a new one."""
+        self._process.close()
 
     def _mark(self, given: dict[str, Any]) -> dict[str, Any]:
         """``given`` with marks around the control tokens in its strings."""

@@ -48,14 +48,14 @@ class TemplateProcess:
             try:
                 reply = _exchange(self._running(), line)
             except TimeoutError:
-                self.close()
+                self._discard()
                 raise InputError("chat_template", f"took more than {MAX_SECONDS:g} s to render") from None
             except (EOFError, BrokenPipeError):
-                self.close()
+                self._discard()
                 limit = f"needs more than the {MAX_BYTES >> 20} MiB that it may take"
                 raise InputError("chat_template", f"{limit}, or breaks the template engine") from None
             except BaseException:  # an interrupt: the reply to come would answer the next request
-                self.close()
+                self._discard()
                 raise
         if reply.get("error") == "refused":
             raise InputError("messages", f"the chat template refuses them: {reply['message']}")
@@ -64,7 +64,14 @@ class TemplateProcess:
         return reply["text"]
 
     def close(self) -> None:
-        """End the process; the next rendering starts another."""
+        """End the process, and with it a rendering under way; the next rendering starts another."""
+        process = self._process
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+        with self._lock:
+            self._discard()
+
+    def _discard(self) -> None:
         if self._stop is not None:
             self._stop()
         self._process = None
@@ -72,7 +79,7 @@ class TemplateProcess:
     def _running(self) -> subprocess.Popen[bytes]:
         # A forked child must not talk through the pipes it shares with its parent.
         if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
-            self.close()
+            self._discard()
             self._owner = os.getpid()
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(WORKER)],

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from nf.errors import InputError, ModelError
+from nf.errors import InputError, ModelError, shown
 from nf.text.chat_template import ChatPrompt, ChatTemplate
 from nf.text.token_length import max_token_bytes
 
@@ -65,9 +65,10 @@ class Tokenizer:
         if spec is None:
             raise ModelError(str(path), "is missing; nf reads the tokenizer from tokenizer.json alone")
         config_path = path.with_name("tokenizer_config.json")
+        config_text = _read(config_path)
         try:
-            config = json.loads(_read(config_path) or "{}")
-        except ValueError as error:
+            config = json.loads(config_text or "{}")
+        except (ValueError, RecursionError) as error:
             raise ModelError(str(config_path), f"is not JSON: {error}") from error
         if not isinstance(config, dict):
             raise ModelError(str(config_path), "must hold a JSON object")
@@ -200,8 +201,10 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(str(path), f"cannot be read: {error}") from error
+    except OSError as error:
+        raise ModelError(str(path), f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(str(path), f"cannot be read: byte {error.start + 1} is not UTF-8") from error
 
 
 def _token(config: dict[str, Any], name: str) -> str | None:
@@ -209,15 +212,15 @@ def _token(config: dict[str, Any], name: str) -> str | None:
     value = config.get(name)
     content = value.get("content") if isinstance(value, dict) else value
     if content is not None and not isinstance(content, str):
-        raise InputError(name, f"must be a text or an object with a content, not {value!r:.60}")
+        raise InputError(name, f"must be a text or an object with a content, not {shown(value)}")
     return content or None
 
 
 def _configured_template(path: Path, value: Any) -> str | None:
     """chat_template of tokenizer_config.json: a text, or a list of named ones of which "default" counts."""
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
+        named = [item.get("template") for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        value = named[-1] if named else None
     if value is not None and not isinstance(value, str):
         raise ModelError(str(path), "chat_template must be a text or a list of named templates")
     return value

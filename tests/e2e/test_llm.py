@@ -141,7 +141,8 @@ def test_a_nan_in_one_prompts_embedding_harms_nobody_else(model_dir: Path, tmp_p
         again = llm.generate(PROMPTS, params)  # on the pages that held it
     assert outputs[4].outputs[0].finish_reason == "error"
     assert outputs[4].outputs[0].token_ids == []
-    assert outputs[4].error == "the model's logits for output token 1 of continuation 0 hold a NaN"
+    assert outputs[4].error is not None
+    assert outputs[4].error.startswith("output token 1 of continuation 0 cannot be sampled: the model's logits")
     assert token_ids(outputs)[:4] == token_ids(again) == run(model_dir, params)
 
 

@@ -239,7 +239,7 @@ def test_sigterm_lets_requests_in_flight_end(use: Use, tmp_path: Path, capsys: p
         (["-p", "x", "-p", "y", "--stream"], "--stream: shows the text of one -p"),
         (["-p", "x", "--top-p", "0"], "--top-p: must be in (0, 1], not 0.0"),
         (["-p", "x", "--temperature", "nan"], "--temperature: must be in [0, 2], not nan"),
-        (["-p", "x", "--top-k", "-5"], "--top-k: must be at least -1, not -5"),
+        (["-p", "x", "--top-k", "-5"], "--top-k: must be between -1 and 2147483647, not -5"),
         (["-p", "x", "--n", "2", "--temperature", "0"], "--n: 2 greedy continuations would be equal"),
         (["-p", "x", "--stop", ""], "--stop: must hold non-empty strings"),
         (["-p", "x", "--max-model-len", "0"], "--max-model-len: must be at least 1, not 0"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from nf.config import EngineConfig, ModelConfig
+from nf.errors import InputError
 from nf.memory_budget import free_ram, kv_bytes_per_token, pool_sizes, recompute_bytes_per_token, weight_bytes
 from nf.models.registry import declare
 
@@ -23,6 +24,7 @@ MODEL = ModelConfig(
     rms_norm_eps=1e-5,
     max_position_embeddings=64,
 )
+DECLARED = declare(MODEL)
 CONFIG = EngineConfig(max_model_len=60, max_num_seqs=10, page_size=16)
 
 
@@ -30,28 +32,51 @@ def test_kv_bytes_per_token() -> None:
     assert kv_bytes_per_token(MODEL) == 3 * 2 * 2 * 8 * 4  # layers · (K, V) · heads · head_dim · float32
 
 
+def give(monkeypatch: pytest.MonkeyPatch, for_pages: int) -> None:
+    """Let the machine have so many bytes beside the weights and the tables."""
+    tables = 60 * 8 * 4 + 10 * (60 + 4) * 4  # cosines and sines; token ids and page numbers of 10 sequences
+    monkeypatch.setattr("nf.memory_budget.free_ram", lambda: weight_bytes(DECLARED) + tables + for_pages)
+
+
 def test_pool_holds_every_sequence_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nf.memory_budget.free_ram", lambda: 1 << 40)
-    assert pool_sizes(CONFIG, MODEL) == (40, 0)  # 10 sequences of 4 pages; nothing is ever preempted
+    assert pool_sizes(CONFIG, DECLARED) == (40, 0)  # 10 sequences of 4 pages; nothing is ever preempted
 
 
 def test_pool_is_a_share_of_free_memory_otherwise(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     page_bytes = 16 * kv_bytes_per_token(MODEL)
-    monkeypatch.setattr("nf.memory_budget.free_ram", lambda: 4 * 25 * page_bytes + 3)
+    give(monkeypatch, 4 * 25 * page_bytes + 3)
     with caplog.at_level(logging.INFO, "nf.memory_budget"):
-        assert pool_sizes(CONFIG, MODEL) == (25, 15)
+        assert pool_sizes(CONFIG, DECLARED) == (25, 15)
     assert "25 pages of 16 tokens" in caplog.text
-    monkeypatch.setattr("nf.memory_budget.free_ram", lambda: 4 * 5 * page_bytes)
-    assert pool_sizes(CONFIG, MODEL) == (5, 5)
-    monkeypatch.setattr("nf.memory_budget.free_ram", lambda: 0)
-    assert pool_sizes(CONFIG, MODEL) == (1, 1)
+    give(monkeypatch, 4 * 5 * page_bytes)
+    assert pool_sizes(CONFIG, DECLARED) == (5, 5)
+    give(monkeypatch, page_bytes)
+    assert pool_sizes(CONFIG, DECLARED) == (1, 0)
 
 
 def test_configured_pool_is_taken_as_it_is() -> None:
-    assert pool_sizes(replace(CONFIG, num_pages=7), MODEL) == (7, 7)
-    assert pool_sizes(replace(CONFIG, num_pages=7, num_host_pages=0), MODEL) == (7, 0)
+    assert pool_sizes(replace(CONFIG, num_pages=7), DECLARED) == (7, 7)
+    assert pool_sizes(replace(CONFIG, num_pages=7, num_host_pages=0), DECLARED) == (7, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_pages": 2**31 - 1}, r"^num_pages: 2147483647 KV pages of 16 tokens and 0 on the host need .* MiB, and"),
+        ({"num_host_pages": 2**31 - 1}, "^num_host_pages: 3 KV pages of 16 tokens and 2147483647 on the host need"),
+        ({"page_size": 10**9}, r"^page_size: 1 KV pages of 1000000000 tokens and 0 on the host need 366,210 MiB"),
+        ({"max_model_len": 10**9}, r"^max_model_len: tables for 1000000000 positions of 10 sequences need .*"),
+    ],
+)
+def test_what_memory_cannot_hold_is_refused_with_both_numbers(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, int], message: str
+) -> None:
+    give(monkeypatch, 12 * 16 * kv_bytes_per_token(MODEL))
+    with pytest.raises(InputError, match=message):
+        pool_sizes(replace(CONFIG, **change), DECLARED)
 
 
 def test_recompute_bytes_of_a_dense_model() -> None:

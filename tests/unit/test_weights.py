@@ -202,9 +202,9 @@ def test_shape_differs_from_config(model_dir: Path) -> None:
 
 def test_absurd_config_allocates_nothing(model_dir: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text())
-    (model_dir / "config.json").write_text(json.dumps(config | {"vocab_size": 10**15}))
-    refused(model_dir, r"has shape \[160, 32\], but config\.json asks for \[1000000000000000, 32\]")
-    (model_dir / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**15}))
+    (model_dir / "config.json").write_text(json.dumps(config | {"vocab_size": 2**31 - 1}))
+    refused(model_dir, r"has shape \[160, 32\], but config\.json asks for \[2147483647, 32\]")
+    (model_dir / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31 - 1}))
     refused(model_dir, r"tensor model\.layers\.3\.input_layernorm\.weight is missing")
 
 
