@@ -139,6 +139,17 @@ def test_errors_are_one_sentence_and_a_code(tmp_path: Path) -> None:
         assert done.stderr.count("\n") == 1
 
 
+def test_closed_streams_are_nobody_listening() -> None:
+    command = [*NF, "generate", "-p", "def f(", "--max-tokens", "4"]
+    for closed in (">&-", "2>&-", ">&- 2>&- <&-"):
+        done = subprocess.run(
+            ["sh", "-c", f'"$@" {closed}', "sh", *command], capture_output=True, check=False, timeout=60
+        )
+        assert done.returncode == 0
+        assert b"Traceback" not in done.stderr
+        assert bool(done.stdout) == (closed == "2>&-")
+
+
 def test_info() -> None:
     done = nf("info")
     assert (done.returncode, done.stderr) == (0, "")

@@ -211,6 +211,11 @@ def test_what_auto_comes_to(model_dir: Path) -> None:
         ({"plan": "no-such-plan"}, PlanError, "no-such-plan: is neither a file nor a built-in plan"),
         ({"skip_tokenizer_init": True, "chat_template": "x"}, InputError, "chat_template: cannot be used together"),
         ({"tokenizer": "/no/such/dir"}, ModelError, "/no/such/dir: is neither a directory"),
+        ({"tokenizer": 5}, InputError, "tokenizer: must be a directory, .*, not 5"),
+        ({"skip_tokenizer_init": "yes"}, InputError, "skip_tokenizer_init: must be true or false, not 'yes'"),
+        ({"max_num_batched_tokens": 1 << 21}, InputError, "max_num_batched_tokens: must be 1 to 1048576 tokens, got 2"),
+        ({"page_size": 1 << 30}, InputError, "page_size: 1 KV pages of 1073741824 tokens .* need .* MiB, and"),
+        ({"num_pages": 1 << 30}, InputError, "num_pages: 1073741824 KV pages .* need .* MiB, and .* MiB are free"),
     ],
 )
 def test_wrong_options_are_found_before_the_weights_are_read(
@@ -245,8 +250,17 @@ def test_missing_tokenizer_and_missing_model(tmp_path: Path) -> None:
         LLM(str(bare))
     with pytest.raises(ModelError, match="is neither a directory, a hub name"):
         LLM(str(tmp_path / "nothing here"))
-    with pytest.raises(InputError, match="model: must be a directory"):
-        LLM(5)  # type: ignore[arg-type]
+    for wrong in (5, ""):
+        with pytest.raises(InputError, match="model: must be a directory"):
+            LLM(wrong)  # type: ignore[arg-type]
+
+
+def test_paths_are_names_too(model_dir: Path, tmp_path: Path) -> None:
+    bare = write_model(tmp_path / "bare", tokenizer=False)
+    path = tmp_path / "plan.json"
+    path.write_text(nano_batch_plan(declare(read_config(bare)).operations, 24).to_json())
+    with LLM(bare, tokenizer=model_dir, plan=path) as llm:
+        assert token_ids(llm.generate(PROMPTS, SAMPLED)) == run(model_dir)
 
 
 def test_weights_beyond_memory_are_refused_with_both_numbers(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,6 +276,30 @@ def test_no_process_and_no_file_is_left_behind() -> None:
     assert files() == before
 
 
+def test_close_ends_the_process_and_a_rendering_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "FUEL", 1 << 60)
+    source = "{{ messages[0].content }}{% for a in range(n) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    patient = template(source)
+    assert patient.render([USER], n=0) == USER["content"]
+    process = patient._process._process
+    assert process is not None
+    threading.Timer(0.05, patient.close).start()
+    with pytest.raises(InputError, match="breaks the template engine"):
+        patient.render([USER], n=99999)
+    assert process.poll() is not None
+    patient.close()
+    assert patient.render([USER], n=0) == USER["content"]
+    patient.close()
+
+
+def test_any_name_may_be_a_variable_and_every_value_must_be_json() -> None:
+    given = {"self": 1, "name": 2, "source": 3}
+    assert template("{{ self }}{{ name }}{{ source }}").render([USER], **given) == "123"
+    for wrong in ({"add_generation_prompt": object()}, {"tools": object()}, {"x": object()}):
+        with pytest.raises(InputError, match="must be JSON values: Object of type object is not JSON"):
+            template("x").render([USER], **wrong)
+
+
 # What users write cannot forge control tokens.
 
 CHATML = "{% for m in messages %}{{ '<|begin|>' ~ m.role ~ '\n' ~ m.content | trim ~ '<|end|>' }}{% endfor %}"

@@ -246,6 +246,7 @@ def test_sigterm_lets_requests_in_flight_end(use: Use, tmp_path: Path, capsys: p
         (["-p", "x", "--chat", "--chat-template", "/missing"], "--chat-template: cannot read /missing"),
         (["--prompts-file", "/missing"], "--prompts-file: cannot read /missing"),
         (["-p", "x", "--output", "/missing/x"], "--output: cannot write /missing/x"),
+        (["-p", "x", "--output", "-"], "--output: takes a file; --json prints the same lines to stdout"),
         (["-p", "\udcff"], "-p: prompt 1 is not valid UTF-8"),
     ],
 )

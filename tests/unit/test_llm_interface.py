@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +211,17 @@ def test_tokenizing_does_not_block_the_event_loop() -> None:
     assert asyncio.run(main()) > 5
 
 
+def test_ids_that_are_made_are_nobodys() -> None:
+    async def main() -> None:
+        async with make_async() as llm:
+            named = [llm.generate("x", GREEDY, request_id=str(number)) for number in range(4)]
+            made = [llm.generate("x", GREEDY) for _ in range(4)]
+            outputs = await asyncio.gather(*map(anext, [*named, *made]))
+            assert len({output.request_id for output in outputs}) == 8
+
+    asyncio.run(main())
+
+
 def test_duplicate_request_id() -> None:
     executor = FakeExecutor(manual=True)
 
@@ -282,6 +296,29 @@ def test_close_is_idempotent_and_final() -> None:
         llm.generate("a", GREEDY)
 
 
+def test_a_forked_child_is_refused_instead_of_waiting_forever() -> None:
+    script = """
+import os
+from engine_doubles import FakeExecutor, make_loaded
+from nf import LLM
+llm = LLM(make_loaded(FakeExecutor()))
+llm.generate([1])
+if child := os.fork():
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(llm.generate([1])))
+    llm.close()
+else:
+    try:
+        llm.generate([1])
+    except Exception as error:
+        print(error, flush=True)
+"""
+    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    found = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | path, capture_output=True, text=True, timeout=30, check=True
+    )
+    assert found.stdout == "the engine belongs to the process that made it; make another after a fork\n0 1\n"
+
+
 def test_close_ends_what_other_threads_wait_for() -> None:
     executor = FakeExecutor(manual=True)
     llm = make_llm(executor)
@@ -338,6 +375,10 @@ WRONG_PROMPTS = [
     ([[1.5]], r"prompts\[0\]\[0\]: must be a token id, not 1.5"),
     (["a", 5], r"prompts\[1\]: must be a text, a list of token ids or a mapping, not int"),
     (7, "prompts: must be a text, token ids, or a list of such, not int"),
+    (b"ab", "prompts: must be a text, token ids, or a list of such, not bytes"),
+    ([b"ab"], r"prompts\[0\]: must be a text, a list of token ids or a mapping, not bytes"),
+    (np.array(5), "prompts: must be a text, token ids, or a list of such, not ndarray"),
+    ([10**5000], r"prompts\[0\]: token id <int that cannot be shown> is not in \[0, 257\)"),
     ({"prompt_token_ids": []}, r"prompts.prompt_token_ids: is empty"),
     ({"prompt": [1]}, r"prompts.prompt: must be a text"),
     ({"tokens": [1]}, r"prompts: must hold prompt_token_ids or prompt, and holds \['tokens'\]"),
@@ -445,6 +486,8 @@ def test_progress_bar_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> No
         ({"gpu_memory_utilization": 1.5}, r"gpu_memory_utilization: must be in \(0, 1\]"),
         ({"preemption": "drop"}, "preemption: must be one of auto, swap, recompute"),
         ({"plan": 5}, "plan: must be the name of a plan or of a JSON file"),
+        ({"page_size": 10**30}, "page_size: must be at most 2147483647, not 1000"),
+        ({"seed": 10**5000}, "seed: must be at most 18446744073709551615, not <int that cannot be shown>"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:

@@ -187,5 +187,6 @@ def test_a_file_is_read_and_checked(tmp_path: Path) -> None:
     assert sentence(tmp_path, LLAMA) == f"{tmp_path}: cannot be read (Is a directory)"
     gone = "is neither a file nor a built-in plan (sequential, nano-batch)"
     assert sentence("nanobatch", LLAMA, 64) == f"nanobatch: {gone}"
+    assert sentence("", LLAMA, 64) == f"plan: {gone}"
     assert "cannot be read" in sentence("a\0b", LLAMA, 64)
     assert sentence("nano-batch", LLAMA) == 'dense_batch_size: must be given for the built-in plan "nano-batch"'

@@ -117,6 +117,11 @@ def test_json_output_is_a_plan_that_validates(model: str, tmp_path: Path, capsys
     assert capsys.readouterr().out.startswith("Plan nano-batch: 64 tokens")
 
 
+def test_a_built_in_plan_validates(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert nf("validate", "sequential", "--model", model) == 0
+    assert capsys.readouterr().out.endswith("on 1 stream(s), 2048 tokens in 1 nano-batch(es)\n")
+
+
 def test_faults_are_input_errors(model: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     partitioned = sequential_plan(LLAMA, 8)

@@ -96,6 +96,12 @@ def test_faulty_directories(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     assert error().startswith("tokenizer_config.json: is not JSON: ")
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    assert error().startswith("tokenizer_config.json: is not JSON: ")
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").mkdir()
+    assert error() == "tokenizer_config.json: cannot be read: Is a directory"
+    (tmp_path / "tokenizer_config.json").rmdir()
     (tmp_path / "tokenizer_config.json").write_text("[]")
     assert error() == "tokenizer_config.json: must hold a JSON object"
     write(tmp_path, config={"bos_token": 5})

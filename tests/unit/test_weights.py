@@ -274,6 +274,17 @@ def test_missing_shard(sharded: Path) -> None:
     refused(sharded, r"model-00002-of-00003\.safetensors: does not exist, but model\.safetensors\.index\.json names it")
 
 
+def test_shard_of_a_name_no_file_can_have(sharded: Path) -> None:
+    edit_index(sharded, {"model.norm.weight": "x" * 5000 + ".safetensors"})
+    refused(sharded, r"xxx\.safetensors: does not exist, but model\.safetensors\.index\.json names it")
+
+
+def test_a_directory_is_not_a_file_of_tensors(model_dir: Path) -> None:
+    (model_dir / "model.safetensors").unlink()
+    (model_dir / "model.safetensors").mkdir()
+    refused(model_dir, r"model\.safetensors: is a directory, not a safetensors file")
+
+
 @pytest.mark.parametrize(
     "place",
     ["../model.safetensors", "/etc/model.safetensors", "a/../../b.safetensors", "..", "sub/x.safetensors", "x.bin", 7],
