@@ -1,0 +1,79 @@
+// Log-probabilities, from raw logits, of a chosen token and of the most likely ones.
+#pragma once
+#include "select.cuh"
+
+// Where the report of row `index` goes.
+struct Report {
+    float* logprobs;      // [*]
+    int* ranks;           // [*] 1 is the most likely
+    int* top_ids;         // [*, MAX_TOP] most likely first, the lower id first among equal ones; then −1
+    float* top_logprobs;  // [*, MAX_TOP] and −∞ beyond what was asked for
+    int index;
+};
+
+// The `count` ≤ MAX_TOP most likely tokens of a row with `shared.stats`; shared.top_values keeps their logits. The histogram is of this row if
+// `counted`. Returns whether it still is.
+template <class Row>
+__device__ __forceinline__ bool report_top(
+    const Row& row, Shared& shared, bool counted, int count, const Report& report) {
+    const Weight weight(shared.stats.top, 1.0f);
+    count = min(count, row.vocab_size);
+    const Target target{count, 1.0f, 0.0};
+    float low = counted ? find_bracket(shared, weight, -INFINITE, row.vocab_size, target).low : INFINITE;
+    int tie = NONE;
+    for (;;) {
+        clear_list(shared);
+        sweep<4>(row, [&](int id, const float (&x)[Row::WIDTH]) {
+#pragma unroll
+            for (int j = 0; j < Row::WIDTH; ++j) {
+                const float value = fmaxf(x[j], -INFINITE);  // of NaN
+                if (value > low || (value == low && id + j <= tie && id + j < row.vocab_size)) push(shared, value, id + j);
+            }
+        });
+        __syncthreads();
+        const int length = shared.list_length;
+        if (!counted && low < INFINITE) break;  // exact by now
+        if (count <= length && length <= LIST) break;
+        counted = false;
+        const Refined found =
+            refine(row, shared, weight, -INFINITE, target, order_key(-INFINITE), order_key(fmaxf(shared.stats.top, -INFINITE)));
+        low = found.low;
+        tie = found.count ? find_tie(row, shared, low, found.count) : NONE;
+    }
+    const int length = min(shared.list_length, LIST);
+    sort_list(shared, length);
+    if (threadIdx.x < MAX_TOP) {
+        const bool filled = threadIdx.x < min(count, length);
+        const uint64_t entry = shared.list[threadIdx.x];
+        const float value = filled ? listed_value(entry) : -INFINITE;
+        shared.top_values[threadIdx.x] = value;
+        report.top_ids[report.index * MAX_TOP + threadIdx.x] = filled ? listed_id(entry) : -1;
+        report.top_logprobs[report.index * MAX_TOP + threadIdx.x] = filled ? shared.stats.logprob(value) : -INFINITE;
+    }
+    __syncthreads();
+    return counted;
+}
+
+// Log-probability and rank of a token, once report_top has listed `count` tokens (or 0).
+template <class Row>
+__device__ __forceinline__ void report_chosen(
+    const Row& row, Shared& shared, int id, int count, const Report& report) {
+    float value = row.at(id);
+    value = value == value ? value : -INFINITE;
+    int above = 0;
+    if (value == shared.stats.top) {
+        above = 0;
+    } else if (count > 0 && value >= shared.top_values[min(count, row.vocab_size) - 1]) {
+        while (shared.top_values[above] > value) ++above;
+    } else {
+        sweep<4>(row, [&](int, const float (&x)[Row::WIDTH]) {
+#pragma unroll
+            for (int j = 0; j < Row::WIDTH; ++j) above += x[j] > value;
+        });
+        above = sum_threads(above, shared.scratch);
+    }
+    if (threadIdx.x == 0) {
+        report.logprobs[report.index] = shared.stats.logprob(value);
+        report.ranks[report.index] = 1 + above;
+    }
+}

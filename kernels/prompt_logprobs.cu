@@ -1,0 +1,45 @@
+// Log-probabilities of given tokens, from raw logits. See sampling.py for the arrays.
+//
+// Configuration: BF16 (type of the logits; else fp32).
+#include "logprobs.cuh"
+
+#if BF16
+using LogitsRow = Bf16Row;
+using Logit = unsigned short;
+#else
+using LogitsRow = Fp32Row;
+using Logit = float;
+#endif
+
+extern "C" __global__ void __launch_bounds__(1024, 1) prompt_logprobs(
+    const Logit* logits,  // [stop − start, stride]
+    int stride,
+    int vocab_size,
+    const int* count,     // [1] rows there are in all
+    int start,            // rows [start, stop) of what follows are those of `logits`
+    int stop,
+    const int* targets,   // [*] the tokens
+    const int* logprobs,  // [*] how many most likely tokens to report
+    float* chosen_logprobs,
+    int* ranks,
+    int* top_ids,         // [*, MAX_TOP]
+    float* top_logprobs) {
+    extern __shared__ uint4 shared_memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+    grid_dependency_launch();
+    grid_dependency_wait();
+    const int end = min(stop, *count);
+    for (int i = start + blockIdx.x; i < end; i += gridDim.x) {
+        const LogitsRow row{logits + static_cast<int64_t>(i - start) * stride, vocab_size};
+        const Report report{chosen_logprobs, ranks, top_ids, top_logprobs, i};
+        const int wanted = logprobs[i];
+        if (wanted > 0) {
+            begin_histogram(row, shared, 1.0f);
+            keep_stats(shared, row_stats<true>(row, shared));
+            report_top(row, shared, true, wanted, report);
+        } else {
+            keep_stats(shared, row_stats<false>(row, shared));
+        }
+        report_chosen(row, shared, targets[i], wanted, report);
+    }
+}

@@ -1,0 +1,204 @@
+"""Rotary embedding and KV append in one pass over qkv, with optional per-head RMSNorm of q and k (Qwen3).
+
+Rotation: Su et al., arXiv 2104.09864, the two halves of a head against each other. Shapes (T tokens, Hq query heads,
+Hkv KV heads, d head_dim; bf16 unless said otherwise):
+
+- qkv [T, (Hq + 2·Hkv)·d]: query heads, then keys, then values
+- q [T, q_stride]: rotated queries. By default they replace those in qkv: that spares a buffer, and the lines are still
+  in L2. Attention takes a row stride, so it reads them where they are
+- kv, of one layer: [num_pages, Hkv, 2 (K, V), d/64, page_size, 64], 16-byte chunk c of row r at chunk c ^ (r % 8)
+- table fp32 [positions, d/2, 2]: cosine and sine, see ``rotary_pairs``
+- rows int32 [T]: page · page_size + offset of each token, which ``KvRows`` works out once per step for all layers
+- positions int32 [T]; q_norm, k_norm [d]; count [1]: int32, how many tokens there are
+
+Values that are not finite are stored as 0 and their keys as NaN: a mask hides a key, but attention multiplies masked
+values by zero, and 0 · NaN would leak into the next owner of the page. The CPU executor does the same.
+
+Memory-bound: every byte of qkv is read once and written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf.errors import InputError
+from nf.kernels.compile import Artifact
+from nf.kernels.load import CudaKernel
+from nf.kernels.source import KernelSource, ParameterKind
+
+HEAD_DIMS = (64, 128)
+PAGE_SIZES = (16, 32, 64)
+
+_THREADS = 128  # THREADS of both kernels
+_CTAS_PER_SM = 5  # as many as registers allow
+_ROPE_PARAMETERS: tuple[ParameterKind, ...] = (*("pointer",) * 9, *("int32",) * 5, "float32")
+
+
+def sources() -> list[KernelSource]:
+    """For each page size: the rows, and the pass over qkv for each head_dim, with norms or without."""
+    passes = [
+        rope_source(head_dim, page_size, qk_norm)
+        for head_dim in HEAD_DIMS
+        for page_size in PAGE_SIZES
+        for qk_norm in (False, True)
+    ]
+    return [*(rows_source(page_size) for page_size in PAGE_SIZES), *passes]
+
+
+def rope_source(head_dim: int, page_size: int, qk_norm: bool) -> KernelSource:
+    return KernelSource(
+        name=f"rope_append_d{head_dim}_p{page_size}" + ("_norm" if qk_norm else ""),
+        language="cuda",
+        files=("rope_append.cu", "memory.cuh", "hopper.cuh"),
+        parameters=_ROPE_PARAMETERS,
+        entry="rope_append",
+        config=(("HEAD_DIM", head_dim), ("PAGE_SIZE", page_size), ("QK_NORM", qk_norm)),
+    )
+
+
+def rows_source(page_size: int) -> KernelSource:
+    return KernelSource(
+        name=f"kv_rows_p{page_size}",
+        language="cuda",
+        files=("kv_rows.cu", "memory.cuh", "hopper.cuh"),
+        parameters=("pointer",) * 7,
+        entry="kv_rows",
+        config=(("PAGE_SIZE", page_size),),
+    )
+
+
+def rotary_pairs(cosines: NDArray[np.float32], sines: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The table: cosines and sines [positions, d/2] of the host's rotary table side by side, [positions, d/2, 2]."""
+    return np.ascontiguousarray(np.stack([cosines, sines], axis=-1), np.float32)
+
+
+class KvRows:
+    """Launches the step's map from tokens to rows of the cache.
+
+    Args:
+        artifacts: of ``sources()``, at least of the page size's.
+        page_size: tokens per page.
+    """
+
+    def __init__(self, artifacts: Iterable[Artifact], page_size: int) -> None:
+        self._kernel = CudaKernel(_artifact(artifacts, rows_source(page_size)))
+
+    def __call__(
+        self,
+        *,
+        rows: int,
+        positions: int,
+        qo_indptr: int,
+        kv_indptr: int,
+        kv_indices: int,
+        num_tokens: int,
+        num_seqs: int,
+        max_tokens: int,
+        stream: int,
+        pdl: bool = False,
+    ) -> None:
+        """Fill ``rows`` for the step's tokens.
+
+        Args:
+            rows: device pointer, int32 [max_tokens].
+            positions, qo_indptr, kv_indptr, kv_indices: device pointers to the batch's arrays.
+            num_tokens, num_seqs: device pointers to the counts.
+            max_tokens: the dense batch size.
+        """
+        self._kernel(
+            rows, positions, qo_indptr, kv_indptr, kv_indices, num_tokens, num_seqs,
+            grid=-(-max_tokens // _THREADS), block=_THREADS, stream=stream, pdl=pdl,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RopeShape:
+    """What the pass over qkv is launched for.
+
+    Raises:
+        InputError: a size that no kernel was made for.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    qk_norm: bool = False
+    eps: float = 0.0  # of the norms of q and k
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in HEAD_DIMS:
+            raise InputError("head_dim", f"must be one of {HEAD_DIMS}, not {self.head_dim}")
+        if self.page_size not in PAGE_SIZES:
+            raise InputError("page_size", f"must be one of {PAGE_SIZES}, not {self.page_size}")
+        if self.num_kv_heads <= 0 or self.num_heads % self.num_kv_heads:
+            raise InputError(
+                "num_heads", f"must be a multiple of num_kv_heads ({self.num_kv_heads}), not {self.num_heads}"
+            )
+
+    @property
+    def qkv_size(self) -> int:
+        """Columns of qkv."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+class RopeAppend:
+    """Launches the pass over qkv of one shape.
+
+    Args:
+        artifacts: of ``sources()``, at least of the shape's.
+    """
+
+    def __init__(self, artifacts: Iterable[Artifact], shape: RopeShape) -> None:
+        self.shape = shape
+        source = rope_source(shape.head_dim, shape.page_size, shape.qk_norm)
+        self._kernel = CudaKernel(_artifact(artifacts, source))
+        self._group = shape.num_heads // shape.num_kv_heads
+        self._threads_per_token = shape.num_kv_heads * shape.head_dim // 16
+
+    def __call__(
+        self,
+        *,
+        qkv: int,
+        kv: int,
+        table: int,
+        rows: int,
+        positions: int,
+        count: int,
+        start: int,
+        stop: int,
+        sms: int,
+        stream: int,
+        q: int = 0,
+        q_stride: int = 0,
+        q_norm: int = 0,
+        k_norm: int = 0,
+        pdl: bool = False,
+    ) -> None:
+        """Rotate and append the tokens that there are in [start, stop).
+
+        Args:
+            qkv, kv, table, rows, positions, count, q_norm, k_norm: device pointers to the arrays' first elements.
+            sms: multiprocessors to spread over.
+            q: device pointer to row 0 of the rotated queries, and elements from a row to the next (a multiple of 8);
+                0 is in place.
+            pdl: start before the kernel before has ended, and wait for it on the device.
+        """
+        q, q_stride = (q, q_stride) if q else (qkv, self.shape.qkv_size)
+        ctas = -(-(stop - start) * self._threads_per_token // _THREADS)
+        self._kernel(
+            qkv, q, kv, table, rows, positions, q_norm, k_norm, count, start, stop, self._group,
+            self.shape.num_kv_heads, q_stride // 8, self.shape.eps,
+            grid=max(1, min(ctas, _CTAS_PER_SM * sms)), block=_THREADS, stream=stream, pdl=pdl,
+        )  # fmt: skip
+
+
+def _artifact(artifacts: Iterable[Artifact], source: KernelSource) -> Artifact:
+    by_name: dict[str, Any] = {artifact.source.name: artifact for artifact in artifacts}
+    found: Artifact = by_name[source.name]
+    return found

@@ -1,0 +1,216 @@
+"""Sampling from logits, and log-probabilities, on the device; nf/executors/cpu_sampling.py is the reference.
+
+Shapes (R rows, V vocab_size; fields of SamplingBatch as there, on the device):
+
+- logits bf16 or fp32 [R, stride], row i for sample i; stride is a multiple of 8, what is beyond V is not used
+- token_ids int32 [R]: chosen, −1 where there is nothing to choose from (NaN or +∞ in the row, or all forbidden)
+- tokens int32 [slots, tokens_stride]: the token buffer; its rows up to ``positions`` are the history, and the chosen
+  token (0 for −1) is written at (slot, position)
+- logprobs, ranks [R] fp32, int32; top_ids, top_logprobs [R, 20]: of rows whose ``logprobs`` is ≥ 0, from raw logits;
+  what a row did not ask for is −1 and −∞
+
+A greedy row is read once: maximum, its id and Σ exp in one pass. A drawn row is read twice. The first pass also counts
+logits into 8192 equal bins, from which follow bounds of the value at which top-k or top-p cut; the second collects the
+few tokens within the bounds, and draws for those above (select.cuh). Noise is Philox4x32-10 and Gumbel-max as on the
+CPU, with its logarithms worked out only where a cheap bound says the token may win (draw.cuh). Penalties, bias, allowed
+ids and bad words act on an fp32 copy of the row. Rows that ask for none of this pay for none of it.
+
+``PromptLogprobs`` does the log-probabilities alone, for given tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from nf.errors import InputError
+from nf.kernels.compile import Artifact
+from nf.kernels.load import CudaKernel
+from nf.kernels.source import KernelSource, ParameterKind
+
+LogitsType = Literal["bf16", "fp32"]
+LOGITS_TYPES: tuple[LogitsType, ...] = ("bf16", "fp32")
+MAX_LOGPROBS = 20  # MAX_TOP of logits.cuh
+
+_THREADS = 512
+_CTAS_PER_SM = 2
+_SHARED_BYTES = 51 * 1024  # at least sizeof(Shared) of logits.cuh
+_COUNTER_BYTES = 256
+_COMMON = ("logprobs.cuh", "select.cuh", "logits.cuh", "reduce.cuh", "memory.cuh", "hopper.cuh")
+_SAMPLE_PARAMETERS: tuple[ParameterKind, ...] = (
+    "pointer", "int32", "int32", *("pointer",) * 23, "int32", *("pointer",) * 7, "int32",
+)  # fmt: skip
+_PROMPT_PARAMETERS: tuple[ParameterKind, ...] = (
+    "pointer", "int32", "int32", "pointer", "int32", "int32", *("pointer",) * 6,
+)  # fmt: skip
+
+
+def sources() -> list[KernelSource]:
+    """Sampling and prompt log-probabilities, for each type of logits."""
+    return [make(dtype) for dtype in LOGITS_TYPES for make in (sample_source, prompt_logprobs_source)]
+
+
+def sample_source(dtype: LogitsType) -> KernelSource:
+    return KernelSource(
+        name=f"sample_{dtype}",
+        language="cuda",
+        files=("sampling.cu", "draw.cuh", "edit_logits.cuh", "philox.cuh", *_COMMON),
+        parameters=_SAMPLE_PARAMETERS,
+        entry="sample",
+        config=(("BF16", dtype == "bf16"),),
+    )
+
+
+def prompt_logprobs_source(dtype: LogitsType) -> KernelSource:
+    return KernelSource(
+        name=f"prompt_logprobs_{dtype}",
+        language="cuda",
+        files=("prompt_logprobs.cu", *_COMMON),
+        parameters=_PROMPT_PARAMETERS,
+        entry="prompt_logprobs",
+        config=(("BF16", dtype == "bf16"),),
+    )
+
+
+class SamplingArrays(NamedTuple):
+    """Device pointers to a SamplingBatch's arrays (``num_samples`` int32 [1]: rows there are), in the kernel's order."""
+
+    num_samples: int
+    slots: int
+    positions: int
+    prompt_lens: int
+    temperature: int
+    top_k: int
+    top_p: int
+    min_p: int
+    presence_penalty: int
+    frequency_penalty: int
+    repetition_penalty: int
+    seeds: int
+    sample_index: int
+    logprobs: int
+    bias_indptr: int
+    bias_ids: int
+    bias_values: int
+    allowed_indptr: int
+    allowed_ids: int
+    bad_words_indptr: int
+    bad_words_token_indptr: int
+    bad_words_ids: int
+
+
+class LogprobArrays(NamedTuple):
+    """Device pointers to where log-probabilities go, as TopLogprobs but always with 20 columns."""
+
+    logprobs: int  # fp32 [R]
+    ranks: int  # int32 [R]
+    top_ids: int  # int32 [R, 20]
+    top_logprobs: int  # fp32 [R, 20]
+
+
+class Sampler:
+    """Launches sampling over one vocabulary.
+
+    Args:
+        artifacts: of ``sources()``, at least of this type of logits.
+        dtype: of the logits.
+        vocab_size: V.
+        tokens_stride: tokens of a row of the token buffer.
+        sms: multiprocessors of the GPU.
+    """
+
+    def __init__(
+        self, artifacts: Iterable[Artifact], dtype: LogitsType, *, vocab_size: int, tokens_stride: int, sms: int
+    ) -> None:
+        by_name = {artifact.source.name: artifact for artifact in artifacts}
+        self._kernel = CudaKernel(by_name[sample_source(dtype).name], shared_bytes=_SHARED_BYTES)
+        self._vocab_size = vocab_size
+        self._tokens_stride = tokens_stride
+        self._ctas = _CTAS_PER_SM * sms
+        self._scratch_stride = -(-vocab_size // 8) * 8
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device memory, 256-byte aligned: counters, which must be 0 before the first launch, and edited rows."""
+        return _COUNTER_BYTES + 4 * self._ctas * self._scratch_stride
+
+    def __call__(
+        self,
+        *,
+        logits: int,
+        stride: int,
+        arrays: SamplingArrays,
+        tokens: int,
+        token_ids: int,
+        logprobs: LogprobArrays,
+        workspace: int,
+        capacity: int,
+        stream: int,
+        pdl: bool = False,
+    ) -> None:
+        """Sample a token for every row that there is.
+
+        Args:
+            logits, tokens, token_ids: device pointers, see the module.
+            stride: logits from a row to the next.
+            workspace: device pointer; see ``workspace_bytes``. Launches that may overlap need one each.
+            capacity: most rows there may be.
+            pdl: start before the kernel before has ended, and wait for it on the device.
+        """
+        _check_stride(stride, self._vocab_size)
+        self._kernel(
+            logits, stride, self._vocab_size, *arrays, tokens, self._tokens_stride, token_ids,
+            *logprobs, workspace, workspace + _COUNTER_BYTES, self._scratch_stride,
+            grid=max(1, min(capacity, self._ctas)), block=_THREADS, stream=stream, pdl=pdl,
+        )  # fmt: skip
+
+
+class PromptLogprobs:
+    """Launches log-probabilities of given tokens.
+
+    Args:
+        artifacts: of ``sources()``, at least of this type of logits.
+        dtype: of the logits.
+        vocab_size: V.
+    """
+
+    def __init__(self, artifacts: Iterable[Artifact], dtype: LogitsType, *, vocab_size: int) -> None:
+        by_name = {artifact.source.name: artifact for artifact in artifacts}
+        self._kernel = CudaKernel(by_name[prompt_logprobs_source(dtype).name], shared_bytes=_SHARED_BYTES)
+        self._vocab_size = vocab_size
+
+    def __call__(
+        self,
+        *,
+        logits: int,
+        stride: int,
+        count: int,
+        start: int,
+        stop: int,
+        targets: int,
+        wanted: int,
+        logprobs: LogprobArrays,
+        sms: int,
+        stream: int,
+        pdl: bool = False,
+    ) -> None:
+        """Report the rows that there are in [start, stop); row ``start`` is the first of ``logits``.
+
+        Args:
+            logits: device pointer [stop − start, stride].
+            count, targets, wanted: device pointers to the number of rows, and to ``targets`` and ``logprobs`` of the
+                PromptLogprobsBatch.
+            sms: multiprocessors to spread over.
+            pdl: start before the kernel before has ended, and wait for it on the device.
+        """
+        _check_stride(stride, self._vocab_size)
+        self._kernel(
+            logits, stride, self._vocab_size, count, start, stop, targets, wanted,
+            *logprobs,
+            grid=max(1, min(stop - start, _CTAS_PER_SM * sms)), block=_THREADS, stream=stream, pdl=pdl,
+        )  # fmt: skip
+
+
+def _check_stride(stride: int, vocab_size: int) -> None:
+    if stride % 8 or stride < vocab_size:
+        raise InputError("stride", f"must be a multiple of 8 and at least {vocab_size}, not {stride}")

@@ -1,0 +1,109 @@
+"""Norms, rotation with KV append, and gathers against a copy of as many bytes; shapes of Llama-3-8B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nf.bench.kernels import Bench, Row
+from nf.bench.measure import Call, measure
+from nf.config import RopeConfig
+from nf.kernels import gather, norm, rope_append
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, VOCAB = 4096, 32, 8, 128, 16, 128256
+POSITIONS = 8192
+FLOOR = 0.85
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    for tokens in (1024, 2048, 8192):
+        yield _row(bench, "norm", f"{tokens} tokens", tokens * HIDDEN * 4, lambda t=tokens: _norm(bench, t, "plain"))
+        yield _row(bench, "norm", f"{tokens} tokens, add", tokens * HIDDEN * 8, lambda t=tokens: _norm(bench, t, "add"))
+        width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+        yield _row(
+            bench, "rope_append", f"{tokens} tokens, 32/8 heads", tokens * width * 4, lambda t=tokens: _rope(bench, t)
+        )
+        yield _row(bench, "gather", f"embed, {tokens} tokens", tokens * HIDDEN * 4, lambda t=tokens: _embed(bench, t))
+    gathered = 1024 * HIDDEN * 4
+    yield _row(bench, "gather", "1024 of 4096 rows, normed", gathered, lambda: _norm(bench, 1024, "gather", 4096))
+
+
+def _row(bench: Bench, kernel: str, case: str, work: int, make: Any) -> Row:
+    measured = measure(bench.rotate(make, work))
+    return Row(kernel, case, measured, work, "B", "copy", work / measured.seconds / bench.copy_rate, FLOOR)
+
+
+def _count(tokens: int) -> Any:
+    import cupy
+
+    return cupy.full(1, tokens, cupy.int32)
+
+
+def _norm(bench: Bench, tokens: int, variant: norm.Variant, of: int | None = None) -> Call:
+    import cupy
+
+    kernel = norm.RmsNorm(bench.artifacts(norm.sources()), HIDDEN, 1e-5, variant)
+    hidden, delta, weight = bench.normal(of or tokens, HIDDEN), bench.normal(tokens, HIDDEN), bench.normal(HIDDEN)
+    normed, count = cupy.empty((tokens, HIDDEN), cupy.uint16), _count(tokens)
+    listed = cupy.random.permutation(of or tokens)[:tokens].astype(cupy.int32)
+
+    def call(stream: int) -> None:
+        kernel(
+            hidden=hidden.data.ptr, weight=weight.data.ptr, normed=normed.data.ptr, count=count.data.ptr,
+            delta=delta.data.ptr, rows=listed.data.ptr, start=0, stop=tokens, sms=bench.sms, stream=stream, pdl=True,
+        )  # fmt: skip
+
+    return call
+
+
+def _rope(bench: Bench, tokens: int) -> Call:
+    """Decodes at random positions, each in a page of its own."""
+    import cupy
+
+    from nf.executors.rope import rotary_table
+
+    shape = rope_append.RopeShape(HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE)
+    kernel = rope_append.RopeAppend(bench.artifacts(rope_append.sources()), shape)
+    qkv = bench.normal(tokens, shape.qkv_size)
+    kv = cupy.zeros((tokens, KV_HEADS, 2 * HEAD_DIM * PAGE_SIZE), cupy.uint16)
+    table = cupy.asarray(rope_append.rotary_pairs(*rotary_table(RopeConfig(), HEAD_DIM, POSITIONS)))
+    positions = cupy.random.randint(0, POSITIONS, tokens).astype(cupy.int32)
+    places = (cupy.random.permutation(tokens) * PAGE_SIZE + positions % PAGE_SIZE).astype(cupy.int32)
+    count = _count(tokens)
+
+    def call(stream: int) -> None:
+        kernel(
+            qkv=qkv.data.ptr, kv=kv.data.ptr, table=table.data.ptr, rows=places.data.ptr,
+            positions=positions.data.ptr, count=count.data.ptr, start=0, stop=tokens, sms=bench.sms, stream=stream,
+            pdl=True,
+        )  # fmt: skip
+
+    return call
+
+
+def _embed(bench: Bench, tokens: int) -> Call:
+    """Decodes: every id is in the token buffer."""
+    import cupy
+
+    kernel = gather.Embed(bench.artifacts(gather.sources()), HIDDEN, POSITIONS)
+    table, hidden = _table(bench), cupy.empty((tokens, HIDDEN), cupy.uint16)
+    buffer = cupy.asarray(np.random.default_rng(0).integers(0, VOCAB, (256, POSITIONS)).astype(np.int32))
+    ids, slots = cupy.full(tokens, -1, cupy.int32), (cupy.arange(tokens) % 256).astype(cupy.int32)
+    positions, count = cupy.random.randint(0, POSITIONS, tokens).astype(cupy.int32), _count(tokens)
+
+    def call(stream: int) -> None:
+        kernel(
+            table=table.data.ptr, hidden=hidden.data.ptr, tokens=buffer.data.ptr, token_ids=ids.data.ptr,
+            token_slots=slots.data.ptr, positions=positions.data.ptr, count=count.data.ptr, start=0, stop=tokens,
+            sms=bench.sms, stream=stream, pdl=True,
+        )  # fmt: skip
+
+    return call
+
+
+def _table(bench: Bench, _made: dict[int, Any] = {}) -> Any:  # noqa: B006 - one table for all calls
+    if id(bench) not in _made:
+        _made[id(bench)] = bench.normal(VOCAB, HIDDEN)
+    return _made[id(bench)]

@@ -1,0 +1,87 @@
+"""Sampling of 1024 rows of 128,256 normal logits against one streaming read of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nf.bench.kernels import Bench, Row
+from nf.bench.measure import Call, measure
+from nf.kernels import sampling
+
+COUNT, VOCAB = 1024, 128256
+GREEDY_FLOOR, DRAWN_FLOOR = 1 / 1.3, 1 / 4
+CASES: tuple[tuple[str, dict[str, float], float | None], ...] = (
+    ("greedy, logprob", {"logprobs": 0}, GREEDY_FLOOR),
+    ("greedy, top 20 logprobs", {"logprobs": 20}, None),
+    ("temperature 1", {"temperature": 1.0}, None),
+    ("temperature 1, top-k 50", {"temperature": 1.0, "top_k": 50}, DRAWN_FLOOR),
+    ("temperature 1, top-p 0.9", {"temperature": 1.0, "top_p": 0.9}, DRAWN_FLOOR),
+    ("temperature 1, top-k 50, top-p 0.9", {"temperature": 1.0, "top_k": 50, "top_p": 0.9}, DRAWN_FLOOR),
+    ("temperature 1, penalties", {"temperature": 1.0, "presence_penalty": 0.5}, None),
+)
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    for dtype in sampling.LOGITS_TYPES:
+        logits = _logits(bench, dtype, 1.0)
+        for case, columns, floor in CASES:
+            yield _row(bench, dtype, case, columns, floor, logits)
+        peaked = _logits(bench, dtype, 3.0)
+        case = "logits of deviation 3, temperature 1, top-p 0.9"
+        yield _row(bench, dtype, case, {"temperature": 1.0, "top_p": 0.9}, DRAWN_FLOOR, peaked)
+
+
+def _logits(bench: Bench, dtype: sampling.LogitsType, deviation: float) -> Any:
+    import cupy
+
+    if dtype == "bf16":
+        return bench.normal(COUNT, VOCAB, scale=deviation)
+    return cupy.random.standard_normal((COUNT, VOCAB), dtype=cupy.float32) * cupy.float32(deviation)
+
+
+def _row(
+    bench: Bench, dtype: sampling.LogitsType, case: str, columns: dict[str, float], floor: float | None, logits: Any
+) -> Row:
+    measured = measure([_call(bench, dtype, columns, logits)])
+    score = logits.nbytes / measured.seconds / bench.read_rate()
+    return Row("sampling", f"{dtype}, {case}", measured, logits.nbytes, "B", "streaming read", score, floor)
+
+
+def _call(bench: Bench, dtype: sampling.LogitsType, columns: dict[str, float], logits: Any) -> Call:
+    import cupy
+
+    length = 1024
+    kernel = sampling.Sampler(
+        bench.artifacts(sampling.sources()), dtype, vocab_size=VOCAB, tokens_stride=length + 1, sms=bench.sms
+    )
+    values: dict[str, Any] = {
+        "slots": np.arange(COUNT), "positions": length, "prompt_lens": length // 2, "temperature": 0.0, "top_k": 0,
+        "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
+        "sample_index": 0, "logprobs": -1,
+    }  # fmt: skip
+    values |= columns
+    floats = {name for name in values if name.endswith(("_p", "penalty", "temperature"))}
+    arrays = {
+        name: cupy.asarray(np.broadcast_to(value, COUNT).astype(np.float32 if name in floats else np.int32))
+        for name, value in values.items()
+    }
+    none = cupy.zeros(COUNT + 1, cupy.int32)
+    arrays |= dict.fromkeys(("bias_indptr", "allowed_indptr", "bad_words_indptr", "bad_words_token_indptr"), none)
+    arrays |= dict.fromkeys(("bias_ids", "bias_values", "allowed_ids", "bad_words_ids"), none)
+    arrays |= {"num_samples": cupy.full(1, COUNT, cupy.int32), "seeds": cupy.arange(COUNT, dtype=cupy.uint64)}
+    tokens = cupy.random.randint(0, VOCAB, (COUNT, length + 1)).astype(cupy.int32)
+    out = [cupy.empty(COUNT * width, cupy.float32) for width in (1, 1, 20, 20)]
+    chosen, workspace = cupy.empty(COUNT, cupy.int32), cupy.zeros(kernel.workspace_bytes, cupy.uint8)
+    pointers = sampling.SamplingArrays(**{name: array.data.ptr for name, array in arrays.items()})
+    report = sampling.LogprobArrays(*(array.data.ptr for array in out))
+
+    def call(stream: int, _keep: Any = (arrays, out)) -> None:
+        kernel(
+            logits=logits.data.ptr, stride=VOCAB, arrays=pointers, tokens=tokens.data.ptr, token_ids=chosen.data.ptr,
+            logprobs=report, workspace=workspace.data.ptr, capacity=COUNT, stream=stream, pdl=True,
+        )  # fmt: skip
+
+    return call

@@ -1,0 +1,324 @@
+"""Sampling on the device against float64: the token that is chosen must be kept by the filters and win the draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nf.executors.cpu_sampling import sample
+from nf.executors.logit_edits import edit_logits
+from nf.executors.philox import noise_of_all
+from nf.kernels import sampling
+from nf.kernels.registry import artifacts
+from nf.scheduler.batch import SamplingBatch
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.gpu
+
+LENGTH = 600  # of a row of the token buffer
+SCORE = 2e-4  # by how much float32 may prefer another token
+SHARE = 1e-5  # by how much it may misjudge a share of weight, relative
+NAN, INF = float("nan"), float("inf")
+
+
+def batch(count: int, **columns: Any) -> SamplingBatch:
+    """Rows greedy unless said otherwise; lists per row as bias=[{id: value}], allowed=[[id]], words=[[[id]]]."""
+    bias, allowed, words = (columns.pop(name, [[]] * count) for name in ("bias", "allowed", "words"))
+    values = {
+        "rows": np.arange(count), "slots": np.arange(count), "positions": np.full(count, 5), "prompt_lens": 2,
+        "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0, "seeds": np.arange(count) + 12345, "sample_index": 0, "logprobs": -1,
+    } | columns  # fmt: skip
+    floats = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+    types = dict.fromkeys(floats, np.float32) | {"seeds": np.uint64}
+
+    def flat(items: Any, dtype: type = np.int32) -> Any:
+        return np.array(list(items), dtype)
+
+    def indptr(lists: Any) -> Any:
+        return np.concatenate([[0], np.cumsum([len(own) for own in lists])]).astype(np.int32)
+
+    return SamplingBatch(
+        **{n: np.broadcast_to(np.asarray(v, types.get(n, np.int32)), (count,)).copy() for n, v in values.items()},
+        bias_indptr=indptr(bias),
+        bias_ids=flat(i for own in bias for i in own),
+        bias_values=flat((v for own in bias if own for v in own.values()), np.float32),
+        allowed_indptr=indptr(allowed),
+        allowed_ids=flat(i for own in allowed for i in own),
+        bad_words_indptr=indptr(words),
+        bad_words_token_indptr=indptr([word for own in words for word in own]),
+        bad_words_ids=flat(i for own in words for word in own for i in word),
+    )
+
+
+@dataclass
+class Result:
+    token_ids: Any
+    logprobs: Any
+    ranks: Any
+    top_ids: Any
+    top_logprobs: Any
+    tokens: Any
+
+
+def device(values: Any) -> Any:
+    """On the device; never empty, so that the pointer is one."""
+    values = values.view(np.int64) if values.dtype == np.uint64 else values
+    return torch.from_numpy(values if len(values) else np.zeros(1, values.dtype)).cuda()
+
+
+def outputs(count: int) -> list[Any]:
+    """Poisoned: logprobs, ranks, top_ids, top_logprobs."""
+    return [
+        torch.full((count,), NAN, device="cuda"),
+        torch.full((count,), -7, device="cuda", dtype=torch.int32),
+        torch.full((count, 20), -7, device="cuda", dtype=torch.int32),
+        torch.full((count, 20), NAN, device="cuda"),
+    ]
+
+
+def padded(logits: Any, dtype: str) -> Any:
+    """On the device, with infinities in what is beyond the vocabulary."""
+    rows, vocab_size = logits.shape
+    wide = torch.full((rows, -(-vocab_size // 8) * 8 + 8), INF, device="cuda")
+    wide[:, :vocab_size] = torch.from_numpy(logits).cuda()
+    return wide.bfloat16() if dtype == "bf16" else wide
+
+
+def run(
+    logits: Any, rows: SamplingBatch, tokens: Any, dtype: str, *, count: int | None = None, sms: int = 132
+) -> Result:
+    wide, buffer = padded(logits, dtype), torch.from_numpy(tokens).cuda()
+    total, vocab_size = logits.shape
+    kernel = sampling.Sampler(
+        artifacts(sampling.sources(), "sm_90a"), dtype, vocab_size=vocab_size, tokens_stride=tokens.shape[1], sms=sms
+    )
+    names = [field.name for field in fields(SamplingBatch) if field.name != "rows"]
+    arrays = {name: device(getattr(rows, name)) for name in names}
+    arrays["num_samples"] = device(np.array([total if count is None else count], np.int32))
+    workspace = torch.full((kernel.workspace_bytes,), 0xFF, device="cuda", dtype=torch.uint8)
+    workspace[:256] = 0
+    chosen, out = torch.full((total,), -7, device="cuda", dtype=torch.int32), outputs(total)
+    for _ in range(2):  # the second launch finds the counters as the first one did
+        kernel(
+            logits=wide.data_ptr(), stride=wide.shape[1], tokens=buffer.data_ptr(), token_ids=chosen.data_ptr(),
+            arrays=sampling.SamplingArrays(**{name: array.data_ptr() for name, array in arrays.items()}),
+            logprobs=sampling.LogprobArrays(*(array.data_ptr() for array in out)), workspace=workspace.data_ptr(),
+            capacity=total, stream=torch.cuda.current_stream().cuda_stream, pdl=True,
+        )  # fmt: skip
+    assert not workspace[:256].any()
+    return Result(*(array.cpu().numpy() for array in (chosen, *out, buffer)))
+
+
+def seen(logits: Any, dtype: str) -> Any:
+    """What the kernel sees of the logits, float32."""
+    return torch.from_numpy(logits).bfloat16().float().numpy() if dtype == "bf16" else logits
+
+
+def check_token(x: Any, rows: SamplingBatch, i: int, token: int) -> None:
+    """Of one row with edited logits ``x`` [vocab_size]."""
+    x = x.astype(np.float64)
+    top = x.max()
+    if not np.isfinite(top):
+        assert token == -1
+        return
+    if rows.temperature[i] == 0:
+        assert token == x.argmax()
+        return
+    with np.errstate(all="ignore"):
+        scaled = (x - top) / np.float64(rows.temperature[i])
+        order = np.lexsort((np.arange(len(x)), -scaled))
+        weight = np.exp(scaled[order])
+        most = int(rows.top_k[i]) or len(x)
+
+        def kept(slack: float) -> Any:
+            """With limits tightened (slack < 0) or loosened."""
+            own = order[: max(1, min(most, np.count_nonzero(weight >= rows.min_p[i] * (1 - slack))))]
+            mass = weight[: len(own)].cumsum()
+            if rows.top_p[i] < 1:
+                own = own[: 1 + np.count_nonzero(mass < rows.top_p[i] * mass[-1] * (1 + slack))]
+            return own
+
+        noise = noise_of_all(rows.seeds[i : i + 1], rows.positions[i : i + 1], rows.sample_index[i : i + 1], len(x))
+        score = scaled + noise[0].astype(np.float64)
+    assert token in kept(SHARE)
+    assert score[token] >= score[kept(-SHARE)].max() - SCORE
+
+
+def check(logits: Any, rows: SamplingBatch, dtype: str, *, tokens: Any = None, sms: int = 132) -> Result:
+    if tokens is None:
+        tokens = np.zeros((len(logits), LENGTH), np.int32)
+    found = run(logits, rows, tokens, dtype, sms=sms)
+    x = seen(logits, dtype)
+    sound = np.isfinite(x.max(axis=1))
+    with np.errstate(all="ignore"):
+        edited = edit_logits(x, rows, tokens)
+        same = found.token_ids == sample(x, rows, tokens)
+    for i, token in enumerate(found.token_ids):
+        check_token(edited[i] if sound[i] else np.full(4, NAN), rows, i, token)
+        if rows.logprobs[i] >= 0:
+            check_logprobs(x[i], max(token, 0), rows.logprobs[i], found, i)
+        else:
+            assert np.isnan(found.logprobs[i])
+            assert (found.top_ids[i] == -7).all()
+    expected = tokens.copy()
+    expected[rows.slots, rows.positions] = np.maximum(found.token_ids, 0)
+    assert (found.tokens == expected).all()
+    assert same.mean() >= 0.97  # the CPU's choices, but for races closer than rounding
+    return found
+
+
+def check_logprobs(x: Any, chosen: int, count: int, found: Any, i: int) -> None:
+    with np.errstate(all="ignore"):
+        x = np.where(np.isnan(x), -INF, x).astype(np.float64)
+        logprobs = x - (x.max() + np.log(np.exp(x - x.max()).sum()))
+    count = min(count, len(x))
+    order = np.lexsort((np.arange(len(x)), -x))[:count]
+    close = {"rtol": 3e-6, "atol": 3e-6, "equal_nan": True}
+    np.testing.assert_allclose(found.logprobs[i], logprobs[chosen], **close)
+    assert found.ranks[i] == 1 + np.count_nonzero(x > x[chosen])
+    if count:
+        assert found.top_ids[i, :count].tolist() == order.tolist()
+        np.testing.assert_allclose(found.top_logprobs[i, :count], logprobs[order], **close)
+        assert (found.top_ids[i, count:] == -1).all()
+        assert (found.top_logprobs[i, count:] == -INF).all()
+
+
+def shaped(rng: Any, kind: str, rows: int, vocab_size: int) -> Any:
+    x = rng.standard_normal((rows, vocab_size)) * rng.choice([0.3, 1.0, 4.0], (rows, 1))
+    if kind == "peaked":
+        x[np.arange(rows), rng.integers(0, vocab_size, rows)] += rng.choice([8, 20, 60], rows)
+    if kind == "sorted":
+        x = -np.sort(-x, axis=1)
+    if kind == "ties":
+        x = np.round(x * 2)
+    if kind == "zipf":
+        x = -3 * np.log(1 + rng.permuted(np.tile(np.arange(vocab_size), (rows, 1)), axis=1)) + 0.01 * x
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
+@pytest.mark.parametrize("kind", ["normal", "peaked", "sorted", "ties", "zipf"])
+@pytest.mark.parametrize("vocab_size", [1, 5, 1000, 32001, 128256])
+def test_mixtures(dtype: str, kind: str, vocab_size: int) -> None:
+    rng = np.random.default_rng(vocab_size)
+    count = 24
+    positions = rng.integers(3, LENGTH, count)
+    rows = batch(
+        count,
+        positions=positions,
+        prompt_lens=positions // 2,
+        temperature=rng.choice([0, 0.05, 0.7, 1, 1, 2], count),
+        top_k=rng.choice([0, 0, 1, 20, 50, 1500, 5000, vocab_size], count),
+        top_p=rng.choice([1, 0.95, 0.9, 0.5, 0.999, 0.01], count),
+        min_p=rng.choice([0, 0, 0, 0.02, 0.5], count),
+        sample_index=rng.integers(0, 9, count),
+        seeds=rng.integers(0, 2**64, count, dtype=np.uint64),
+        logprobs=rng.choice([-1, 0, 1, 5, 20], count),
+    )
+    check(shaped(rng, kind, count, vocab_size), rows, dtype)
+
+
+@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
+@pytest.mark.parametrize("vocab_size", [50, 20000, 128256])
+def test_edits(dtype: str, vocab_size: int) -> None:
+    rng = np.random.default_rng(vocab_size + 1)
+    count = 30
+    positions = rng.integers(3, LENGTH, count)
+    tokens = rng.integers(0, vocab_size, (count, LENGTH)).astype(np.int32)
+    tokens[:, ::2] %= 7  # some tokens occur often
+    ids = [rng.permutation(vocab_size)[:8].tolist() for _ in range(count)]
+    words = [[[*tokens[i, p - k : p].tolist(), ids[i][k]] for k in (0, 1, 3)] for i, p in enumerate(positions)]
+    rows = batch(
+        count,
+        positions=positions,
+        prompt_lens=positions // 3,
+        temperature=rng.choice([0, 1, 1.5], count),
+        top_k=rng.choice([0, 40], count),
+        top_p=rng.choice([1, 0.9], count),
+        presence_penalty=rng.choice([0, 0, 1.5, -2], count),
+        frequency_penalty=rng.choice([0, 0, 0.5], count),
+        repetition_penalty=rng.choice([1, 1, 1.3, 0.6], count),
+        logprobs=rng.choice([-1, 0, 3], count),
+        bias=[
+            dict(zip(own, (-INF, 100, 3, -2, -1, 0, 1, 2), strict=True)) if i % 3 == 0 else {}
+            for i, own in enumerate(ids)
+        ],
+        allowed=[own[2:] if i % 4 == 1 else [] for i, own in enumerate(ids)],
+        words=[own if i % 5 < 2 else [] for i, own in enumerate(words)],
+    )
+    check(shaped(rng, "normal", count, vocab_size), rows, dtype, tokens=tokens, sms=3)
+
+
+@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_without_a_choice(dtype: str, temperature: float) -> None:
+    logits = np.random.default_rng(1).standard_normal((8, 5000)).astype(np.float32)
+    logits[1, 4000], logits[3, 17], logits[5], logits[7, 3] = NAN, INF, -INF, -INF
+    allowed = [[]] * 6 + [[9], []]
+    words = [[]] * 6 + [[[9]], []]
+    rows = batch(8, temperature=temperature, top_p=0.9, allowed=allowed, words=words, logprobs=[5] * 7 + [-1])
+    found = check(logits, rows, dtype)
+    assert (found.token_ids[[1, 3, 5, 6]] == -1).all()
+    assert (found.token_ids[[0, 2, 4, 7]] >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
+def test_equal_logits_everywhere(dtype: str) -> None:
+    """More ties than the list of candidates holds: the lowest ids are kept."""
+    logits = np.full((6, 50000), 1.5, np.float32)
+    logits[:, 3] = -INF
+    rows = batch(
+        6, temperature=[0, 1, 1, 1, 1, 1], top_k=[0, 1, 10, 5000, 5000, 0], top_p=[1, 1, 1, 1, 0.5, 0.25], logprobs=20
+    )
+    found = check(logits, rows, dtype)
+    assert (found.token_ids <= [0, 0, 10, 5000, 2500, 12500]).all()
+
+
+@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
+def test_only_the_rows_there_are(dtype: str) -> None:
+    logits = np.random.default_rng(2).standard_normal((9, 3000)).astype(np.float32)
+    rows, tokens = batch(9, temperature=1.0, logprobs=2), np.full((9, LENGTH), -3, np.int32)
+    for count in (0, 1, 5):
+        found = run(logits, rows, tokens, dtype, count=count)
+        assert (found.token_ids[count:] == -7).all()
+        assert (found.token_ids[:count] >= 0).all()
+        assert (found.tokens[count:] == -3).all()
+        assert (found.ranks[count:] == -7).all()
+
+
+def test_frequencies_follow_the_softmax() -> None:
+    logits = np.sort(np.random.default_rng(3).normal(0, 1.5, 40))[::-1].astype(np.float32)
+    count = 20000
+    rows = batch(count, temperature=0.8, top_k=30, slots=0, positions=np.arange(count), prompt_lens=count)
+    found = run(np.tile(logits, (count, 1)), rows, np.zeros((1, count), np.int32), "fp32").token_ids
+    p = np.exp(logits[:30].astype(np.float64) / 0.8)
+    expected = count * p / p.sum()
+    statistic = ((np.bincount(found, minlength=30) - expected) ** 2 / expected).sum()
+    assert abs(statistic - 29) < 5 * np.sqrt(2 * 29)
+
+
+@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
+@pytest.mark.parametrize(("count", "start", "stop"), [(0, 0, 7), (1, 0, 1), (40, 10, 33), (20, 10, 33)])
+def test_prompt_logprobs(dtype: str, count: int, start: int, stop: int) -> None:
+    rng = np.random.default_rng(count)
+    logits = shaped(rng, "peaked", stop - start, 20001)
+    logits[0, 5] = NAN
+    targets, wanted = rng.integers(0, 20001, 50).astype(np.int32), rng.choice([0, 1, 20], 50).astype(np.int32)
+    wide, out = padded(logits, dtype), outputs(50)
+    arrays = [device(array) for array in (np.array([count], np.int32), targets, wanted)]
+    sampling.PromptLogprobs(artifacts(sampling.sources(), "sm_90a"), dtype, vocab_size=20001)(
+        logits=wide.data_ptr(), stride=wide.shape[1], count=arrays[0].data_ptr(), start=start, stop=stop,
+        targets=arrays[1].data_ptr(), wanted=arrays[2].data_ptr(), sms=4,
+        stream=torch.cuda.current_stream().cuda_stream,
+        logprobs=sampling.LogprobArrays(*(array.data_ptr() for array in out)),
+    )  # fmt: skip
+    found = Result(None, *(array.cpu().numpy() for array in out), None)
+    x = seen(logits, dtype)
+    for i in range(start, min(stop, count)):
+        check_logprobs(x[i - start], int(targets[i]), int(wanted[i]), found, i)
+    assert (found.ranks[min(stop, max(count, start)) :] == -7).all()
+    assert (found.ranks[:start] == -7).all()
