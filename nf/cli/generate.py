@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,9 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--overwrite", "needs --output FILE")
     if args.output == "-":
         raise InputError("--output", "takes a file; --json prints the same lines to stdout")
+    for flag, path in (("--prompts-file", args.prompts_file), ("--chat-template", args.chat_template)):
+        if path is not None and args.output is not None and _same_file(path, args.output):
+            raise InputError("--output", f"is the file of {flag}; results need one of their own")
     as_json = args.json or args.output is not None
     for name in ("logprobs", "prompt_logprobs", "token_ids"):
         if getattr(args, name) and not as_json:
@@ -219,6 +223,13 @@ def _stopped(args: argparse.Namespace, finished: int) -> str:
     if args.output is not None:
         return f"stopped; {finished:,} results kept in {args.output}, the same command goes on from there"
     return f"stopped; {finished:,} requests were finished"
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.isfile(one) and os.path.samefile(one, other)
+    except OSError:  # one is not there
+        return False
 
 
 def _read_text(flag: str, path: str | int) -> str:

@@ -262,6 +262,22 @@ def test_wrong_usage_is_one_sentence_before_the_model_is_loaded(
     assert not hasattr(model, "made_with")
 
 
+@pytest.mark.parametrize("flag", ["--prompts-file", "--chat-template"])
+def test_results_never_overwrite_what_is_read(
+    use: Use, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    use()
+    path, link = prompts(tmp_path, "a"), tmp_path / "link"
+    link.symlink_to(path)
+    source = [flag, path] if flag == "--prompts-file" else ["-p", "x", flag, path]
+    for output in (path, str(link)):
+        assert main(["generate", *source, "--output", output, "--overwrite"]) == 2
+        assert (
+            capsys.readouterr().err == f"nf generate: --output: is the file of {flag}; results need one of their own\n"
+        )
+        assert Path(path).read_text() == "a"
+
+
 def test_a_full_disk_is_named(use: Use, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     use()
     assert main(["generate", "--prompts-file", prompts(tmp_path, "a"), "--output", "/dev/full", "-q"]) == 1
