@@ -1,4 +1,5 @@
-// Thin wrappers of PTX that several kernels use: barriers in shared memory, bulk copies, matrix fragments, launch order.
+// Thin wrappers of PTX that several kernels use: barriers in shared memory, bulk copies, matrix fragments, order of
+// launches.
 //
 // Shared memory is addressed by 32-bit shared-window addresses (`shared_address`). Names follow the PTX ISA; "asm
 // volatile" with a memory clobber keeps the order in which they are written.
@@ -11,8 +12,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// True in one lane of the warp, which must be converged. What is inside `if (elect_lane())` is known to the compiler to run
-// in one lane, which spares bulk copies a loop over lanes.
+// True in one lane of the warp, which must be converged. The compiler knows that what is inside `if (elect_lane())`
+// runs in one lane, which spares bulk copies a loop over lanes.
 __device__ __forceinline__ bool elect_lane() {
     uint32_t elected;
     asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.b32 %0, 1, 0, p;\n}\n" : "=r"(elected)::"memory");
@@ -81,8 +82,8 @@ __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.
 
 // ---- Matrix fragments (mma.sync) ----
 
-// Four 8 × 8 matrices of bf16: lane l gives the address of row l % 8 (16 bytes) of matrix l / 8, and receives row l / 4,
-// columns 2 (l % 4) and + 1 of each.
+// Four 8 × 8 matrices of bf16: lane l gives the address of row l % 8 (16 bytes) of matrix l / 8, and receives row
+// l / 4, columns 2 (l % 4) and + 1 of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
@@ -105,9 +106,9 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t values) {
     return result;
 }
 
-// d (16 × 8, fp32) += a (16 × 16) · b (16 × 8), bf16. Lane l holds, with g = l / 4 and t = l % 4: a[0], a[1] rows g and
-// g + 8 of columns 2t, 2t + 1, a[2], a[3] the same of columns + 8; b0, b1 rows 2t, 2t + 1 and + 8 of column g; d[0], d[1]
-// row g of columns 2t, 2t + 1, d[2], d[3] row g + 8.
+// d (16 × 8, fp32) += a (16 × 16) · b (16 × 8), bf16. Lane l holds, with g = l / 4 and t = l % 4: a[0], a[1] rows g
+// and g + 8 of columns 2t, 2t + 1, a[2], a[3] the same of columns + 8; b0, b1 rows 2t, 2t + 1 and + 8 of column g;
+// d[0], d[1] row g of columns 2t, 2t + 1, d[2], d[3] row g + 8.
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
