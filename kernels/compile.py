@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nf.errors import InputError, NfError
 from nf.kernels.cubin import Resources, read_resources
@@ -77,7 +78,7 @@ def compile_kernels(
         raise InputError("arch", f"must be one of {', '.join(ARCHES)}, not {arch!r}")
     home = (folder or cache_dir() / "kernels") / arch
     sources = list(sources)
-    found = {source.name: _stored(home, source, arch) for source in sources}
+    found = {source.name: _fresh(home, source, arch) for source in sources}
     missing = [source for source in sources if found[source.name] is None]
     for source in missing:
         if _compiler_version(source.language) is None:
@@ -134,9 +135,9 @@ def _compile_locked(home: Path, source: KernelSource, arch: str) -> Artifact:
     from nf.kernels import toolchain  # the compilers are heavy and often not there
 
     with _lock(home, source.name):
-        stored = _stored(home, source, arch)
-        if stored is not None:
-            return stored
+        fresh = _fresh(home, source, arch)
+        if fresh is not None:
+            return fresh
         try:
             binary = toolchain.compile_source(source, arch)
         except Exception as error:
@@ -157,19 +158,24 @@ def _compile_locked(home: Path, source: KernelSource, arch: str) -> Artifact:
         return Artifact(source, path, resources)
 
 
-def _stored(home: Path, source: KernelSource, arch: str) -> Artifact | None:
-    """The artifact of ``source`` in ``home`` if it is whole, of these sources and of the installed compiler."""
+def _fresh(home: Path, source: KernelSource, arch: str) -> Artifact | None:
+    """The artifact of ``source`` in ``home`` unless the installed compiler is another than the one that made it."""
+    compiler = _compiler_version(source.language)
+    return _stored(home, source, arch, lambda record: compiler in (None, record.get("compiler")))
+
+
+def _stored(
+    home: Path, source: KernelSource, arch: str, accept: Callable[[dict[str, Any]], bool] = lambda _record: True
+) -> Artifact | None:
+    """The artifact of ``source`` in ``home`` if it is whole, of these sources and its record acceptable."""
     path = home / (source.name + SUFFIX[source.language])
     try:
         record = json.loads(path.with_suffix(".json").read_bytes())
         binary = path.read_bytes()
     except (OSError, ValueError):
         return None
-    compiler = _compiler_version(source.language)
-    if record.get("schema") != SCHEMA or record.get("digest") != source.digest(arch):
+    if record.get("schema") != SCHEMA or record.get("digest") != source.digest(arch) or not accept(record):
         return None
-    if compiler is not None and record.get("compiler") != compiler:
-        return None  # without a compiler, what an older one made is still right
     if record.get("sha256") != hashlib.sha256(binary).hexdigest():
         log.warning("%s: damaged, not used", path)
         return None

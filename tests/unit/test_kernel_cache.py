@@ -114,8 +114,10 @@ def test_many_at_a_time_compile_one_kernel_once(compiler: Compiler) -> None:
 def test_a_bundle_loads_without_a_compiler_and_tells_what_is_wrong(compiler: Compiler, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     compile_kernels([kernel()], ARCH, folder=bundle)
-    compiler.version = None
-    assert [artifact.path.parent for artifact in load_bundle([kernel()], ARCH, bundle)] == [bundle / ARCH]
+    for version in (None, "another"):
+        compiler.version = version
+        assert [artifact.path.parent for artifact in load_bundle([kernel()], ARCH, bundle)] == [bundle / ARCH]
+    assert compiler.compiled == ["scale"]
     with pytest.raises(CompileError, match=r"bundle: holds kernels for sm_90a, this GPU needs sm_100a"):
         load_bundle([kernel()], "sm_100a", bundle)
     with pytest.raises(CompileError, match=r"no intact scale of this version of nf; make the bundle anew"):
