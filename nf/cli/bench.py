@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     )
     kernels.add_argument(
         "--only", action="append", default=[], metavar="NAME",
-        help="gemm, decode_attention, prefill_attention, memory or sampling; may be repeated",
+        help="gemm, moe, decode_attention, prefill_attention, memory or sampling; may be repeated",
     )  # fmt: skip
     kernels.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the rows as JSON as well")
 
@@ -36,11 +36,15 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure; 0 when all was measured, whatever the figures say."""
     from nf.bench.kernels import CASES, line, run, write
-    from nf.errors import InputError
+    from nf.cli.info import gpu_devices
+    from nf.errors import InputError, NfError
 
     for name in args.only:
         if name not in CASES:
             raise InputError("--only", f"must be one of {', '.join(CASES)}, not {name!r}")
+    gpus, reason = gpu_devices()
+    if not gpus:
+        raise NfError(f"needs a GPU: {reason}")
     rows = run(args.only, lambda row: print(line(row), flush=True))
     missed = sum(not row.holds for row in rows)
     print(f"{len(rows)} cases, {missed} below their floor", file=sys.stderr)

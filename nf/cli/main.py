@@ -16,13 +16,19 @@ from contextlib import suppress
 from types import ModuleType
 
 from nf import __version__
-from nf.cli import generate, info, plan
+from nf.cli import bench, compile, generate, info, plan
 from nf.cli.parser import CommandParser, add_common_options
 from nf.errors import InputError, NfError
 
 OK, FAILED, USAGE = 0, 1, 2
 
-_COMMANDS: dict[str, ModuleType] = {"generate": generate, "plan": plan, "info": info}
+_COMMANDS: dict[str, ModuleType] = {
+    "generate": generate,
+    "plan": plan,
+    "compile": compile,
+    "bench": bench,
+    "info": info,
+}
 
 _EPILOG = """\
 examples:
@@ -30,6 +36,7 @@ examples:
   nf generate ./llama -p "Hello" --max-tokens 64
   nf generate ./llama --prompts-file prompts.jsonl --output results.jsonl
   nf plan show sequential                       what runs when, and on which stream
+  nf compile --arch sm_90a --out kernels        the GPU kernels as a bundle, made on any machine
   nf info                                       versions, devices, what would be used and why
 
 `nf COMMAND --help` tells all about one command.
