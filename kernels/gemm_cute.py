@@ -1,120 +1,122 @@
 """Device side of the dense GEMM: y = epilogue(x·Wᵀ) on Hopper, written in the CuTe DSL.
 
-One producer warp streams tiles of x and W through a ring of shared-memory stages with TMA (multicast across the
-cluster); one or two consumer warpgroups multiply them with WGMMA and write their tile with TMA. CTAs are persistent:
-every cluster walks the tiles in steps of the number of clusters. The scheme is that of CUTLASS 3's warp-specialised
-cooperative kernels for sm_90.
+One producer warp streams tiles of both operands through a ring of shared-memory stages with TMA (multicast across the
+cluster); one or two consumer warpgroups multiply them with WGMMA. CTAs are persistent: every cluster walks the tiles in
+steps of the number of clusters. The scheme is that of CUTLASS 3's warp-specialised cooperative kernels for sm_90; each
+warpgroup finishes and stores its own rows alone, so one may multiply while the other stores.
+
+Two things are there for few rows. The CTAs of a cluster can split K: each adds up its share, and they exchange partial
+sums through distributed shared memory so that every CTA finishes an equal part of the tile. And the operands can be
+swapped (W·xᵀ), so that the 64 rows of a WGMMA are rows of W and its narrow side is the tokens.
 
 The number of rows is read from device memory, so one captured launch serves every smaller batch. Rows between that
-number and the end of the last tile come out as garbage; rows from ``capacity`` on are never touched.
+number and the end of the last tile come out as garbage unless the operands are swapped; rows from ``capacity`` on are
+never touched. The row count and W are read before the kernel before has ended (programmatic dependent launch), all else
+after it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Float32, Int32, const_expr, cute, pipeline
+from cutlass._mlir.dialects.nvvm import MemScopeKind
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_ptr
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
-TILE_K = 64  # one 128-byte swizzle row of bf16
-SHARED_BYTES = 227 * 1024
+from nf.kernels.gemm_units_cute import TILE_K, GemmTile, GemmUnits
+
 PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = {1: 240, 2: 232}  # per thread, by number of consumer warpgroups
+ROW_MAJOR = LayoutEnum.ROW_MAJOR
 
 
-@dataclass(frozen=True, slots=True)
-class GemmTile:
-    """Shape of the work of one CTA and one cluster; see GemmConfig in gemm.py for what is chosen when."""
-
-    tile_m: int  # 64 or 128
-    tile_n: int  # multiple of 32, at most 256
-    cluster_m: int
-    cluster_n: int
-    group: int  # N tiles walked together before M advances again, for reuse in L2
-    shared_bytes: int = SHARED_BYTES
-
-
-class Gemm:
+class Gemm(GemmUnits):
     """The kernel for one tile shape, epilogue and output type."""
-
-    def __init__(self, tile: GemmTile, epilogue: Literal["none", "bias", "residual", "swiglu"], out: Any) -> None:
-        self.tile = (tile.tile_m, tile.tile_n, TILE_K)
-        self.cluster = (tile.cluster_m, tile.cluster_n)
-        self.group = tile.group
-        self.epilogue = epilogue
-        self.out = out
-        self.consumers = tile.tile_m // 64
-        self.threads = 128 * (1 + self.consumers)
-        self.out_n = tile.tile_n // 2 if epilogue == "swiglu" else tile.tile_n
-        self.store_tile = (tile.tile_m, 32)
-        self.store_stages = 4 if out.width == 16 else 2
-        store_bytes = tile.tile_m * 32 * out.width // 8 * self.store_stages
-        stage_bytes = (tile.tile_m + tile.tile_n) * TILE_K * 2
-        self.stages = (tile.shared_bytes - 1024 - store_bytes) // stage_bytes
 
     @cute.jit
     def __call__(
         self,
         x: cute.Pointer,  # [capacity, k] bf16
-        w: cute.Pointer,  # [n, k] bf16
+        w: cute.Pointer,  # [n, k] bf16, or [experts, n, k]
         y: cute.Pointer,  # [capacity, n], or n/2 columns for SwiGLU
-        extra: cute.Pointer,  # bias [n] or residual [capacity, n], bf16
+        extra: cute.Pointer,  # [capacity, n] bf16 with a row stride of extra_stride
         rows: cute.Pointer,  # [1] int32
+        experts: cute.Pointer,  # expert of each tile of x's rows, int32
         capacity: Int32,
         n: Int32,
         k: Int32,
-        sms: Int32,
+        num_experts: Int32,
+        extra_stride: Int32,  # n for a residual, 0 for a bias
+        group: Int32,  # right tiles walked together before the left ones advance, for reuse in L2
+        clusters: Int32,
         stream: cuda.CUstream,
     ):
         tile_m, tile_n, tile_k = self.tile
         k = cute.assume(k, 8)
         n = cute.assume(n, 16)
+        extra_stride = cute.assume(extra_stride, 8)
         columns = cute.assume(n // 2, 8) if const_expr(self.epilogue == "swiglu") else n
         X = cute.make_tensor(x, cute.make_layout((capacity, k), stride=(k, 1)))
         W = cute.make_tensor(w, cute.make_layout((n, k), stride=(k, 1)))
+        if const_expr(self.grouped):
+            expert_stride = cute.assume(cutlass.Int64(n) * cutlass.Int64(k), 8)
+            W = cute.make_tensor(w, cute.make_layout((n, k, num_experts), stride=(k, 1, expert_stride)))
         Y = cute.make_tensor(y, cute.make_layout((capacity, columns), stride=(columns, 1)))
-        extra_stride = 0 if const_expr(self.epilogue == "bias") else n
         E = cute.make_tensor(extra, cute.make_layout((capacity, n), stride=(extra_stride, 1)))
 
-        mma = hopper.make_trivial_tiled_mma(
-            BFloat16, BFloat16, OperandMajorMode.K, OperandMajorMode.K, Float32, (self.consumers, 1, 1), (64, tile_n)
-        )
-        row_major = LayoutEnum.ROW_MAJOR
-        x_layout = hopper.make_smem_layout_a(row_major, self.tile, BFloat16, self.stages)
-        w_layout = hopper.make_smem_layout_b(row_major, self.tile, BFloat16, self.stages)
-        y_layout = hopper.make_smem_layout_epi(self.out, row_major, self.store_tile, self.store_stages)
-        x_load, X = self._load_atom(X, x_layout, (tile_m, tile_k), self.cluster[1])
-        w_load, W = self._load_atom(W, w_layout, (tile_n, tile_k), self.cluster[0])
-        y_store, Y = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileS2GOp(), Y, cute.slice_(y_layout, (None, None, 0)), self.store_tile
-        )
+        mma = self._mma(self.consumers)
+        left_layout = hopper.make_smem_layout_a(ROW_MAJOR, self.tile, BFloat16, self.stages)
+        right_layout = hopper.make_smem_layout_b(ROW_MAJOR, self.tile, BFloat16, self.stages)
+        left, right = (W, X) if const_expr(self.swap) else (X, W)
+        left_load, left = self._load_atom(left, left_layout, (tile_m, tile_k), self.cluster[1])
+        right_load, right = self._load_atom(right, right_layout, (tile_n, tile_k), self.cluster[0])
+        y_layout, y_store, e_layout, e_load = None, None, None, None
+        if const_expr(not self.swap):
+            box = (64, self.store_columns)
+            y_layout = hopper.make_smem_layout_epi(self.out, ROW_MAJOR, box, self.consumers * self.store_stages)
+            y_store, Y = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileS2GOp(), Y, cute.slice_(y_layout, (None, None, 0)), box
+            )
+            if const_expr(self.epilogue == "add"):
+                e_layout = hopper.make_smem_layout_epi(BFloat16, ROW_MAJOR, box, self.stages * self.units_per_block)
+                e_load, E = self._load_atom(E, e_layout, box, 1)
+
+        y_size = 1 if const_expr(self.swap) else cute.cosize(y_layout)
 
         @cute.struct
         class Shared:
             barriers: cute.struct.MemRange[cutlass.Int64, self.stages * 2]
-            x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
-            w: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(w_layout)], 1024]
-            y: cute.struct.Align[cute.struct.MemRange[self.out, cute.cosize(y_layout)], 1024]
+            exchange: cute.struct.MemRange[cutlass.Int64, 2]
+            left: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(left_layout)], 1024]
+            right: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(right_layout)], 1024]
+            y: cute.struct.Align[cute.struct.MemRange[self.out, y_size], 1024]
 
         self.shared = Shared
-        clusters = sms // (self.cluster[0] * self.cluster[1])
         rows = cute.make_tensor(rows, cute.make_layout(1))
+        tile_experts = cute.make_tensor(experts, cute.make_layout(cute.ceil_div(capacity, tile_m)))
         self.kernel(
-            x_load, X, w_load, W, y_store, Y, E, rows, mma, x_layout, w_layout, y_layout, capacity, n, k
+            left_load, left, right_load, right, y_store, Y, e_load, E, rows, tile_experts, mma,
+            left_layout, right_layout, y_layout, e_layout, capacity, n, k, group,
         ).launch(
-            grid=(self.cluster[0], self.cluster[1], clusters),
+            grid=(self.cluster[0], self.cluster[1], self.split * clusters),
             block=(self.threads, 1, 1),
-            cluster=(*self.cluster, 1),
-            min_blocks_per_mp=1,
+            cluster=self.cluster,
+            min_blocks_per_mp=self.residents,
+            preferred_smem_carveout=100,
             stream=stream,
-        )
+            use_pdl=True,
+        )  # fmt: skip
+
+    def _mma(self, warpgroups):
+        major = OperandMajorMode.K
+        shape = (64, self.tile[1])
+        return hopper.make_trivial_tiled_mma(BFloat16, BFloat16, major, major, Float32, (warpgroups, 1, 1), shape)
 
     @staticmethod
     def _load_atom(tensor, layout, shape, multicast):
@@ -123,51 +125,49 @@ class Gemm:
         return cpasync.make_tiled_tma_atom(op, tensor, one_stage, shape, num_multicast=multicast)
 
     @cute.jit
-    def _tile_of(self, work: Int32, m_tiles: Int32, n_tiles: Int32):
+    def _tile_of(self, work: Int32, m_tiles: Int32, n_tiles: Int32, group: Int32):
         """Work item → (m, n) in clusters: ``group`` columns of tiles at a time, N fastest within a group."""
-        first = work // (m_tiles * self.group) * self.group
-        width = cutlass.min(n_tiles - first, Int32(self.group))
+        first = work // (m_tiles * group) * group
+        width = cutlass.min(n_tiles - first, group)
         rest = work - first * m_tiles
         return rest // width, first + rest % width
 
     @cute.kernel
     def kernel(
         self,
-        x_load: cute.CopyAtom,
-        X: cute.Tensor,
-        w_load: cute.CopyAtom,
-        W: cute.Tensor,
-        y_store: cute.CopyAtom,
+        left_load: cute.CopyAtom,
+        left: cute.Tensor,
+        right_load: cute.CopyAtom,
+        right: cute.Tensor,
+        y_store: cute.CopyAtom | None,
         Y: cute.Tensor,
+        e_load: cute.CopyAtom | None,
         E: cute.Tensor,
         rows: cute.Tensor,
+        tile_experts: cute.Tensor,
         mma: cute.TiledMma,
-        x_layout: cute.ComposedLayout,
-        w_layout: cute.ComposedLayout,
-        y_layout: cute.ComposedLayout,
+        left_layout: cute.ComposedLayout,
+        right_layout: cute.ComposedLayout,
+        y_layout: cute.ComposedLayout | None,
+        e_layout: cute.ComposedLayout | None,
         capacity: Int32,
         n: Int32,
         k: Int32,
+        group: Int32,
     ):
         tile_m, tile_n, tile_k = self.tile
         thread, _, _ = cute.arch.thread_idx()
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         group_index = cute.arch.make_warp_uniform(thread // 128)
-        _, _, cluster_index = cute.arch.block_idx()
-        _, _, num_clusters = cute.arch.grid_dim()
         if warp_index == 0:
-            for atom in (x_load, w_load, y_store):
-                cpasync.prefetch_descriptor(atom)
+            cpasync.prefetch_descriptor(left_load)
+            cpasync.prefetch_descriptor(right_load)
+            if const_expr(not self.swap):
+                cpasync.prefetch_descriptor(y_store)
 
-        cluster = cute.make_layout((*self.cluster, 1))
+        cluster = cute.make_layout(self.cluster)
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
-        rank_m, rank_n, _ = cluster.get_flat_coord(rank)
-        x_mask = w_mask = 0
-        if const_expr(self.cluster[1] > 1):
-            x_mask = cute.make_layout_image_mask(cluster, (rank_m, rank_n, 0), mode=1)
-        if const_expr(self.cluster[0] > 1):
-            w_mask = cute.make_layout_image_mask(cluster, (rank_m, rank_n, 0), mode=0)
-
+        place = cluster.get_flat_coord(rank)
         shared = SmemAllocator().allocate(self.shared)
         # Every consumer warp frees a stage in each CTA that multicasts into it.
         releases = (self.cluster[0] + self.cluster[1] - 1) * self.consumers * 4
@@ -177,107 +177,242 @@ class Gemm:
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, releases),
             tx_count=(tile_m + tile_n) * tile_k * 2,
-            cta_layout_vmnk=cute.make_layout((1, *self.cluster, 1)),
+            cta_layout_vmnk=cute.make_layout((1, *self.cluster)),
             defer_sync=True,
         )
+        # Phase t of "room": every peer has set aside stages for the parts of this CTA's tile t. Of "drained": this
+        # CTA's warps have read theirs; only then is room made for the next tile, so that no peer misses a phase.
+        room, drained = shared.exchange.data_ptr(), shared.exchange.data_ptr() + 1
+        if const_expr(self.split > 1):
+            if warp_index == 0:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_init(room, self.split - 1)
+                    cute.arch.mbarrier_init(drained, self.consumers * 4)
         pipeline.pipeline_init_arrive(cluster_shape_mn=self.cluster, is_relaxed=True)
-        sX = shared.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
-        sW = shared.w.get_tensor(w_layout.outer, swizzle=w_layout.inner)
-        sY = shared.y.get_tensor(y_layout.outer, swizzle=y_layout.inner)
+        s_left = shared.left.get_tensor(left_layout.outer, swizzle=left_layout.inner)
+        s_right = shared.right.get_tensor(right_layout.outer, swizzle=right_layout.inner)
+        sY, sE = None, None
+        if const_expr(not self.swap):
+            sY = shared.y.get_tensor(y_layout.outer, swizzle=y_layout.inner)
+            if const_expr(self.epilogue == "add"):
+                sE = shared.right.get_tensor(e_layout.outer, swizzle=e_layout.inner)
+        quads, wgs, parts = self.unit_values // 4, self.consumers, self.parts_per_stage
+        part_size = 128 * self.unit_values
+        longer = shared.left if const_expr(tile_m > tile_n) else shared.right
+        received = longer.get_tensor(  # as threads hold them: 16 bytes side by side
+            cute.make_layout(
+                (4, 128, quads, wgs, parts, self.stages),
+                stride=(1, 4, 512, part_size, part_size * wgs, max(tile_m, tile_n) * TILE_K // 2),
+            ),
+            dtype=Float32,
+        )
         pipeline.pipeline_init_wait(cluster_shape_mn=self.cluster)
 
-        k_tiles = cute.ceil_div(k, tile_k)
-        m_tiles = cute.ceil_div(rows[0], tile_m * self.cluster[0])
-        n_tiles = cute.ceil_div(n, tile_n * self.cluster[1])
+        if const_expr(self.grouped):
+            cute.arch.griddepcontrol_wait()  # the kernel before sorts the rows by expert and counts them
+        valid = cutlass.min(rows[0], capacity)
+        m_tiles = cute.ceil_div(n if const_expr(self.swap) else valid, tile_m * self.cluster[0])
+        n_tiles = cute.ceil_div(valid if const_expr(self.swap) else n, tile_n * self.cluster[1])
         if group_index == 0:
-            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if const_expr(self.residents == 1):
+                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_index == 0:
-                gX = cute.local_tile(X, (tile_m, tile_k), (None, None))
-                gW = cute.local_tile(W, (tile_n, tile_k), (None, None))
-                across_n, across_m = cute.make_layout(self.cluster[1]), cute.make_layout(self.cluster[0])
-                to_x, from_x = self._partition(x_load, rank_n, across_n, sX, gX)
-                to_w, from_w = self._partition(w_load, rank_m, across_m, sW, gW)
-                state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-                work = Int32(cluster_index)
-                while work < m_tiles * n_tiles:
-                    m, column = self._tile_of(work, m_tiles, n_tiles)
-                    from_x_row = from_x[(None, m * self.cluster[0] + rank_m, None)]
-                    from_w_row = from_w[(None, column * self.cluster[1] + rank_n, None)]
-                    for k_tile in cutlass.range(k_tiles, unroll=1):
-                        ring.producer_acquire(state)
-                        full = ring.producer_get_barrier(state)
-                        at = (None, state.index)
-                        cute.copy(x_load, from_x_row[(None, k_tile)], to_x[at], tma_bar_ptr=full, mcast_mask=x_mask)
-                        cute.copy(w_load, from_w_row[(None, k_tile)], to_w[at], tma_bar_ptr=full, mcast_mask=w_mask)
-                        state.advance()
-                    work += num_clusters
-                ring.producer_tail(state)
+                self._produce(
+                    ring, left_load, left, right_load, right, s_left, s_right, e_load, E, sE, room, drained,
+                    tile_experts, cluster, place, m_tiles, n_tiles, k, group,
+                )  # fmt: skip
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[self.consumers])
+            if const_expr(self.residents == 1):
+                cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[self.consumers])
             self._consume(
-                ring, mma, sX, sW, sY, y_store, Y, E, thread - 128, rank_m, rank_n, m_tiles, n_tiles, k_tiles, capacity
-            )
+                ring, mma, s_left, s_right, sY, sE, received, room, drained, y_store, Y, E, thread - 128,
+                place, m_tiles, n_tiles, k, group, valid, n,
+            )  # fmt: skip
 
     @staticmethod
     def _partition(atom, rank, peers, shared, tiled):
         return cpasync.tma_partition(atom, rank, peers, cute.group_modes(shared, 0, 2), cute.group_modes(tiled, 0, 2))
 
     @cute.jit
-    def _consume(
-        self, ring, mma, sX, sW, sY, y_store, Y, E, thread, rank_m, rank_n, m_tiles, n_tiles, k_tiles, capacity
-    ):
-        tile_m, tile_n, _ = self.tile
-        _, _, cluster_index = cute.arch.block_idx()
-        _, _, num_clusters = cute.arch.grid_dim()
-        group = cute.arch.make_warp_uniform(thread // 128)
-        warp_index = cute.arch.make_warp_uniform(thread // 32)
-        slice_mma = mma.get_slice(group * 128)
-        rX = mma.make_fragment_A(slice_mma.partition_A(sX))
-        rW = mma.make_fragment_B(slice_mma.partition_B(sW))
-        acc = cute.make_rmem_tensor(slice_mma.partition_shape_C((tile_m, tile_n)), Float32)
+    def _produce(
+        self, ring, left_load, left, right_load, right, s_left, s_right, e_load, E, sE, room, drained,
+        tile_experts, cluster, place, m_tiles, n_tiles, k, group,
+    ):  # fmt: skip
+        tile_m, tile_n, tile_k = self.tile
+        rank_m, rank_n, rank_k = place
+        _, _, cta_index = cute.arch.block_idx()
+        _, _, num_ctas = cute.arch.grid_dim()
+        left_mask = right_mask = 0
+        if const_expr(self.cluster[1] > 1):
+            left_mask = cute.make_layout_image_mask(cluster, place, mode=1)
+        if const_expr(self.cluster[0] > 1):
+            right_mask = cute.make_layout_image_mask(cluster, place, mode=0)
+        gl = cute.local_tile(left, (tile_m, tile_k), (None, None))
+        across_n, across_m = cute.make_layout(self.cluster[1]), cute.make_layout(self.cluster[0])
+        to_left, from_left = self._partition(left_load, rank_n, across_n, s_left, gl)
+        gr = cute.local_tile(right, (tile_n, tile_k), (None, None, None) if self.grouped else (None, None))
+        to_right, from_right = self._partition(right_load, rank_m, across_m, s_right, gr)
+        to_e, from_e = None, None
+        if const_expr(sE is not None):
+            ge = cute.local_tile(E, (64, self.store_columns), (None, None))
+            to_e, from_e = self._partition(e_load, 0, cute.make_layout(1), sE, ge)
 
-        # Registers → shared memory: stmatrix for 16-bit outputs, in the layout of the accumulators.
-        store_atom = hopper.get_smem_store_op(LayoutEnum.ROW_MAJOR, self.out, Float32)
-        matrix_atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), BFloat16)
-        to_shared = cute.make_tiled_copy_S(store_atom, cute.make_tiled_copy_C_atom(matrix_atom, mma))
-        thread_store = to_shared.get_slice(thread)
-        tY = thread_store.partition_D(sY)
-        flat_acc = to_shared.retile(acc)
-        rY = cute.make_rmem_tensor(cute.shape(thread_store.partition_S(sY))[:3], self.out)
+        k_tiles = cute.ceil_div(k, tile_k)
+        k_first, k_last = self._share_of(k_tiles, rank_k)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
+        work = Int32(cta_index // self.split)
+        clusters = num_ctas // self.split
+        # W does not depend on the kernel before: the first stages of it are on their way while that one ends.
+        early, done = Int32(0), Int32(0)
+        if const_expr(not self.grouped):
+            if work < m_tiles * n_tiles:
+                early = cutlass.min(k_last - k_first, Int32(self.stages))
+                m, column = self._tile_of(work, m_tiles, n_tiles, group)
+                from_l = from_left[(None, m * self.cluster[0] + rank_m, None)]
+                from_r = from_right[(None, column * self.cluster[1] + rank_n, None)]
+                for k_tile in cutlass.range(early, unroll=1):
+                    ring.producer_acquire(state)
+                    full, at = ring.producer_get_barrier(state), (None, state.index)
+                    if const_expr(self.swap):
+                        source = from_l[(None, k_first + k_tile)]
+                        cute.copy(left_load, source, to_left[at], tma_bar_ptr=full, mcast_mask=left_mask)
+                    else:
+                        source = from_r[(None, k_first + k_tile)]
+                        cute.copy(right_load, source, to_right[at], tma_bar_ptr=full, mcast_mask=right_mask)
+                    state.advance()
+        if const_expr(self.residents > 1):
+            cute.arch.griddepcontrol_launch_dependents()  # the next kernel finds room beside this one
+        cute.arch.griddepcontrol_wait()
+        if const_expr(not self.grouped):
+            if early > 0:
+                again = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
+                m, column = self._tile_of(work, m_tiles, n_tiles, group)
+                from_l = from_left[(None, m * self.cluster[0] + rank_m, None)]
+                from_r = from_right[(None, column * self.cluster[1] + rank_n, None)]
+                for k_tile in cutlass.range(early, unroll=1):
+                    full, at = ring.producer_get_barrier(again), (None, again.index)
+                    if const_expr(self.swap):
+                        source = from_r[(None, k_first + k_tile)]
+                        cute.copy(right_load, source, to_right[at], tma_bar_ptr=full, mcast_mask=right_mask)
+                    else:
+                        source = from_l[(None, k_first + k_tile)]
+                        cute.copy(left_load, source, to_left[at], tma_bar_ptr=full, mcast_mask=left_mask)
+                    again.advance()
+
+        while work < m_tiles * n_tiles:
+            m, column = self._tile_of(work, m_tiles, n_tiles, group)
+            m = m * self.cluster[0] + rank_m
+            column = column * self.cluster[1] + rank_n
+            from_l = from_left[(None, m, None)]
+            if const_expr(self.grouped):
+                from_r = from_right[(None, column, None, tile_experts[m])]
+            else:
+                from_r = from_right[(None, column, None)]
+            for k_tile in cutlass.range(k_first + early, k_last, unroll=1):
+                ring.producer_acquire(state)
+                full, at = ring.producer_get_barrier(state), (None, state.index)
+                cute.copy(left_load, from_l[(None, k_tile)], to_left[at], tma_bar_ptr=full, mcast_mask=left_mask)
+                cute.copy(right_load, from_r[(None, k_tile)], to_right[at], tma_bar_ptr=full, mcast_mask=right_mask)
+                state.advance()
+            early = Int32(0)
+            if const_expr(self.split > 1):
+                cute.arch.mbarrier_wait(drained, (done & 1) ^ 1)
+                done += 1
+                for first in cutlass.range_constexpr(0, self.parts, self.parts_per_stage):
+                    parts = min(self.parts_per_stage, self.parts - first)
+                    ring.sync_object_empty.wait(state.index, state.phase)
+                    with cute.arch.elect_one():
+                        bytes_ = parts * self.consumers * 128 * self.unit_values * 4
+                        cute.arch.mbarrier_arrive_and_expect_tx(ring.producer_get_barrier(state), bytes_)
+                    state.advance()
+                with cute.arch.elect_one():
+                    for step in cutlass.range_constexpr(1, self.split):
+                        peer = self._peer(place, (rank_k + step) % self.split)
+                        cute.arch.mbarrier_arrive(room, peer, scope=MemScopeKind.CLUSTER)
+            if const_expr(sE is not None):
+                for first in cutlass.range_constexpr(0, self.owned, self.extras_per_stage):
+                    units = min(self.extras_per_stage, self.owned - first)
+                    ring.sync_object_empty.wait(state.index, state.phase)
+                    full = ring.producer_get_barrier(state)
+                    with cute.arch.elect_one():
+                        bytes_ = units * self.consumers * 64 * self.store_columns * 2
+                        cute.arch.mbarrier_arrive_and_expect_tx(full, bytes_)
+                    for unit in cutlass.range_constexpr(units):
+                        block, piece = self._place_of(first + unit, rank_k)
+                        for wg in cutlass.range_constexpr(self.consumers):
+                            row = (m * self.row_blocks + block) * self.consumers + wg
+                            slot = state.index * self.units_per_block + unit * self.consumers + wg
+                            source = from_e[(None, row, column * self.units_per_block + piece)]
+                            cute.copy(e_load, source, to_e[(None, slot)], tma_bar_ptr=full)
+                    state.advance()
+            work += clusters
+        if const_expr(self.residents == 1):
+            cute.arch.griddepcontrol_launch_dependents()  # as this kernel's last tiles are multiplied and stored
+        ring.producer_tail(state)
+
+    @cute.jit
+    def _consume(
+        self, ring, mma, s_left, s_right, sY, sE, received, room, drained, y_store, Y, E, thread, place,
+        m_tiles, n_tiles, k, group, valid, n,
+    ):  # fmt: skip
+        tile_m, tile_n, tile_k = self.tile
+        rank_m, rank_n, rank_k = place
+        _, _, cta_index = cute.arch.block_idx()
+        _, _, num_ctas = cute.arch.grid_dim()
+        wg = cute.arch.make_warp_uniform(thread // 128)
+        lane = thread % 128  # within the warpgroup
+        leader = cute.arch.make_warp_uniform(lane // 32) == 0  # its first warp issues the stores
+        slice_mma = mma.get_slice(wg * 128)
+        r_left = mma.make_fragment_A(slice_mma.partition_A(s_left))
+        r_right = mma.make_fragment_B(slice_mma.partition_B(s_right))
+        acc = cute.make_rmem_tensor(slice_mma.partition_shape_C((tile_m, tile_n)), Float32)
+        flat = cute.make_tensor(acc.iterator, cute.make_layout(cute.size(acc)))
+        # Sums of the units that this CTA finishes: all of the accumulators, or a copy of its share.
+        sums = flat if const_expr(self.split == 1) else cute.make_rmem_tensor(self.owned * self.unit_values, Float32)
 
         read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         release = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        together = pipeline.NamedBarrier(barrier_id=1, num_threads=self.consumers * 128)
-        writers = pipeline.CooperativeGroup(pipeline.Agent.Thread, self.consumers * 128)
-        stores = pipeline.PipelineTmaStore.create(num_stages=self.store_stages, producer_group=writers)
-        gY = cute.local_tile(Y, (tile_m, self.out_n), (None, None))
-        E_pairs = cute.recast_tensor(E, Int32)
-        row_in_tile = (thread // 32) * 16 + thread % 32 // 4
-        pair_in_block = thread % 4
-        stored = Int32(0)
-        work = Int32(cluster_index)
+        k_tiles = cute.ceil_div(k, tile_k)
+        k_first, k_last = self._share_of(k_tiles, rank_k)
+        together = pipeline.NamedBarrier(barrier_id=1 + wg, num_threads=128)
+        to_shared, tY, rY, from_shared, to_y = None, None, None, None, None
+        from_e, tE, rE, rE_load = None, None, None, None
+        if const_expr(not self.swap):
+            # Registers → shared memory with stmatrix, in the layout of the accumulators of one warpgroup.
+            atom = hopper.get_smem_store_op(ROW_MAJOR, self.out, Float32)
+            matrix_atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), BFloat16)
+            one_warpgroup = cute.make_tiled_copy_C_atom(matrix_atom, self._mma(1))
+            to_shared = cute.make_tiled_copy_S(atom, one_warpgroup)
+            thread_store = to_shared.get_slice(lane)
+            tY = thread_store.partition_D(sY)
+            rY = cute.make_rmem_tensor(cute.shape(thread_store.partition_S(sY))[:3], self.out)
+            gY = cute.local_tile(Y, (64, self.store_columns), (None, None))
+            from_shared, to_y = self._partition(y_store, 0, cute.make_layout(1), sY, gY)
+            if const_expr(sE is not None):
+                from_e = cute.make_tiled_copy_S(
+                    cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), BFloat16), one_warpgroup
+                )
+                thread_load = from_e.get_slice(lane)
+                tE = thread_load.partition_S(sE)
+                rE = cute.make_rmem_tensor(rY.layout, BFloat16)
+                rE_load = thread_load.retile(rE)
+        else:
+            cute.arch.griddepcontrol_wait()  # these threads read the residual and write y themselves
+
+        stored, done = Int32(0), Int32(0)
+        work = Int32(cta_index // self.split)
+        clusters = num_ctas // self.split
         while work < m_tiles * n_tiles:
-            m, column = self._tile_of(work, m_tiles, n_tiles)
+            m, column = self._tile_of(work, m_tiles, n_tiles, group)
             m = m * self.cluster[0] + rank_m
             column = column * self.cluster[1] + rank_n
-            # Bias and residual are where the sum starts: no registers of their own, no pass after the products.
-            if const_expr(self.epilogue in ("bias", "residual")):
-                pair = cute.make_rmem_tensor(2, BFloat16)
-                pair_bits = cute.recast_tensor(pair, Int32)
-                for half in cutlass.range_constexpr(2):
-                    row = m * tile_m + row_in_tile + 8 * half
-                    if row < capacity:
-                        for block in cutlass.range_constexpr(tile_n // 8):
-                            pair_bits[0] = E_pairs[row, (column * tile_n + block * 8) // 2 + pair_in_block]
-                            flat_acc[block * 4 + half * 2] = pair[0].to(Float32)
-                            flat_acc[block * 4 + half * 2 + 1] = pair[1].to(Float32)
-            mma.set(warpgroup.Field.ACCUMULATE, self.epilogue in ("bias", "residual"))
-            for k_tile in cutlass.range(k_tiles, unroll=1):
+            mma.set(warpgroup.Field.ACCUMULATE, False)
+            for k_tile in cutlass.range(k_last - k_first, unroll=1):
                 ring.consumer_wait(read)
                 warpgroup.fence()
-                for block in cutlass.range_constexpr(cute.size(rX, mode=[2])):
+                for block in cutlass.range_constexpr(cute.size(r_left, mode=[2])):
                     at = (None, None, block, read.index)
-                    cute.gemm(mma, acc, rX[at], rW[at], acc)
+                    cute.gemm(mma, acc, r_left[at], r_right[at], acc)
                     mma.set(warpgroup.Field.ACCUMULATE, True)
                 warpgroup.commit_group()
                 # One product stays in flight; the stage of the one before it is free.
@@ -290,51 +425,83 @@ class Gemm:
             ring.consumer_release(release)
             release.advance()
 
-            pieces = cute.zipped_divide(gY[(None, None, m, column)], self.store_tile)
-            from_shared, to_y = cpasync.tma_partition(
-                y_store, 0, cute.make_layout(1), cute.group_modes(sY, 0, 2), pieces
-            )
-            for piece in cutlass.range_constexpr(self.out_n // self.store_tile[1]):
-                self._finish(flat_acc, rY, piece)
-                buffer = (stored + piece) % self.store_stages
-                if warp_index == 0:
-                    stores.producer_acquire()
-                together.arrive_and_wait()  # the buffer's last store has read it
-                cute.copy(to_shared, rY, tY[(None, None, None, buffer)])
-                cute.arch.fence_proxy("async.shared", space="cta")
-                together.arrive_and_wait()
-                if warp_index == 0:
-                    cute.copy(y_store, from_shared[(None, buffer)], to_y[(None, (0, piece))])
-                    stores.producer_commit()
-            stored += self.out_n // self.store_tile[1]
-            work += num_clusters
-        stores.producer_tail()
-
-    @cute.jit
-    def _finish(self, acc, rY, piece: cutlass.Constexpr):
-        """Accumulators of one store tile → output values; a thread holds blocks of 8 columns as 4 values each."""
-        size = cute.size(rY)
-        for i in cutlass.range_constexpr(size):
-            if const_expr(self.epilogue == "swiglu"):
-                # W alternates 8 gate rows and 8 up rows: this thread holds both halves of each output.
-                at = 8 * (piece * size // 4 + i // 4) + i % 4
-                gate, up = acc[at], acc[at + 4]
-                silu = gate * cute.arch.rcp_approx(1.0 + cute.math.exp(-gate, fastmath=True))
-                rY[i] = (silu * up).to(self.out)
-            else:
-                rY[i] = acc[piece * size + i].to(self.out)
+            if const_expr(self.split > 1):
+                cute.arch.mbarrier_wait(room, done & 1)
+                for owner in cutlass.range_constexpr(self.split):
+                    if rank_k != owner:
+                        self._send(ring, flat, received, place, wg, lane, owner, k_tiles, done)
+                self._take(flat, sums, rank_k)
+                # Partial sums of the peers, added in the order of their slots.
+                for part in cutlass.range_constexpr(self.parts):
+                    at = part % self.parts_per_stage
+                    start = part // (self.split - 1) * self.unit_values
+                    if const_expr(at == 0):
+                        ring.consumer_wait(read)
+                    for quad in cutlass.range_constexpr(self.unit_values // 4):
+                        values = received[(None, lane, quad, wg, at, read.index)].load()
+                        for i in cutlass.range_constexpr(4):
+                            sums[start + quad * 4 + i] = sums[start + quad * 4 + i] + values[i]
+                    if const_expr(at == self.parts_per_stage - 1 or part == self.parts - 1):
+                        cute.arch.fence_proxy("async.shared", space="cta")
+                        ring.consumer_release(read)
+                        read.advance()
+                        release.advance()
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(drained)
+                done += 1
+            for index in cutlass.range_constexpr(self.owned):
+                mine = cute.make_tensor(sums.iterator + index * self.unit_values, cute.make_layout(self.unit_values))
+                block, piece = self._place_of(index, rank_k)
+                rows_at = (m * self.row_blocks + block) * self.consumers + wg  # in blocks of 64
+                if const_expr(self.swap):
+                    token = column * tile_n + piece * (self.unit_values * 2)
+                    self._store_direct(mine, Y, E, lane, rows_at, token, valid, n)
+                else:
+                    if const_expr(sE is not None):
+                        at = index % self.extras_per_stage
+                        if const_expr(at == 0):
+                            ring.consumer_wait(read)
+                        cute.copy(
+                            from_e,
+                            tE[(None, None, None, read.index * self.units_per_block + at * self.consumers + wg)],
+                            rE_load,
+                        )
+                        if const_expr(at == self.extras_per_stage - 1 or index == self.owned - 1):
+                            ring.consumer_release(read)
+                            read.advance()
+                            release.advance()
+                    self._finish(mine, rY, rE)
+                    buffer = wg * self.store_stages + (stored + index) % self.store_stages
+                    cute.copy(to_shared, rY, tY[(None, None, None, buffer)])
+                    cute.arch.fence_proxy("async.shared", space="cta")
+                    # One barrier for two things: this buffer is written, and the next one's last store has read it.
+                    if leader:
+                        cute.arch.cp_async_bulk_wait_group(self.store_stages - 2, read=True)
+                    together.arrive_and_wait()
+                    if leader:
+                        target = to_y[(None, rows_at, column * self.units_per_block + piece)]
+                        cute.copy(y_store, from_shared[(None, buffer)], target)
+                        cute.arch.cp_async_bulk_commit_group()
+            stored += self.owned
+            work += clusters
+        if const_expr(not self.swap):
+            if leader:
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
 def build(
-    tile_m: int, tile_n: int, cluster_m: int, cluster_n: int, group: int, epilogue: Any, out: str
-) -> tuple[Any, tuple[Any, ...]]:
+    tile_m: int, tile_n: int, cluster_m: int, cluster_n: int, split: int, warpgroups: int, swap: bool, residents: int,
+    epilogue: Any, out: str, grouped: bool,
+) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
     """The jit function and example arguments of one configuration."""
     out_type = getattr(cutlass, out)
-    gemm = Gemm(GemmTile(tile_m, tile_n, cluster_m, cluster_n, group), epilogue, out_type)
+    tile = GemmTile(tile_m, tile_n, cluster_m, cluster_n, split, warpgroups, swap, residents)
+    gemm = Gemm(tile, epilogue, out_type, grouped=grouped)
 
     def pointer(dtype: Any, align: int = 16) -> Any:
         return make_ptr(dtype, 16, cute.AddressSpace.gmem, assumed_align=align)
 
-    sizes = (Int32(128), Int32(256), Int32(256), Int32(132))
-    tensors = (pointer(BFloat16), pointer(BFloat16), pointer(out_type), pointer(BFloat16), pointer(Int32, 4))
+    tensors = [pointer(BFloat16), pointer(BFloat16), pointer(out_type), pointer(BFloat16)]
+    tensors += [pointer(Int32, 4), pointer(Int32, 4)]
+    sizes = tuple(Int32(value) for value in (128, 256, 256, 1, 256, 8, 66))
     return gemm, (*tensors, *sizes, make_fake_stream())

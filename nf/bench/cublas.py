@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from typing import Any
-
-import numpy as np
 
 from nf.bench.measure import Call
 
+_TRANSPOSED, _PLAIN = 1, 0  # CUBLAS_OP_T, CUBLAS_OP_N
 _BF16, _COMPUTE_32F, _DEFAULT_ALGORITHM = 14, 68, -1  # CUDA_R_16BF, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT
-_ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
+_ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
 
 
 def gemm(x: Any, w: Any, y: Any) -> Call:
-    """A call computing ``y [m, n] = x [m, k]·w [n, k]ᵀ`` on bf16 arrays (cupy uint16)."""
-    import cupy
-    from cupy_backends.cuda.libs import cublas
+    """A call computing ``y [m, n] = x [m, k]·w [n, k]ᵀ`` on bf16 arrays (cupy uint16).
 
+    Through ctypes, since cupy's own binding refuses to be captured.
+    """
+    library, handle = _cublas()
     (m, k), n = x.shape, w.shape[0]
-    handle = cupy.cuda.Device().cublas_handle
+    pointers = [ctypes.c_void_p(array.data.ptr) for array in (w, x, y)]
 
     def call(stream: int) -> None:
-        cublas.setStream(handle, stream)
+        library.cublasSetStream_v2(handle, ctypes.c_void_p(stream))
         # Column-major: yᵀ [n, m] = w·xᵀ.
-        cublas.gemmEx(
-            handle, cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, n, m, k, _ONE.ctypes.data, w.data.ptr, _BF16, k,
-            x.data.ptr, _BF16, k, _ZERO.ctypes.data, y.data.ptr, _BF16, n, _COMPUTE_32F, _DEFAULT_ALGORITHM,
+        status = library.cublasGemmEx(
+            handle, _TRANSPOSED, _PLAIN, n, m, k, ctypes.byref(_ONE), pointers[0], _BF16, k, pointers[1], _BF16, k,
+            ctypes.byref(_ZERO), pointers[2], _BF16, n, _COMPUTE_32F, _DEFAULT_ALGORITHM,
         )  # fmt: skip
+        if status:
+            raise RuntimeError(f"cuBLAS answered status {status}")
 
     return call
+
+
+@functools.cache
+def _cublas() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
+    """The library that cupy has loaded, and its handle of the current device."""
+    import cupy
+
+    handle = ctypes.c_void_p(cupy.cuda.Device().cublas_handle)
+    return ctypes.CDLL("libcublas.so.13"), handle

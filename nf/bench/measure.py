@@ -33,17 +33,21 @@ class Measurement:
         return self.joules / self.seconds
 
 
-def measure(calls: list[Call], *, warm: float = WARM_SECONDS, run: float = RUN_SECONDS) -> Measurement:
+def measure(
+    calls: list[Call], *, warm: float = WARM_SECONDS, run: float = RUN_SECONDS, on: int | None = None
+) -> Measurement:
     """Mean time and energy of one call, taking ``calls`` in turn.
 
     Args:
         calls: the same work on different buffers, together larger than the L2 cache where memory traffic matters.
         warm, run: seconds.
+        on: stream, e.g. of an SM partition; None makes one.
     """
     import cupy
 
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = cupy.cuda.Stream(non_blocking=True) if on is None else cupy.cuda.ExternalStream(on)
     rounds = -(-CALLS_PER_GRAPH // len(calls))
+    cupy.cuda.Device().synchronize()  # the buffers were filled on another stream
     with stream:
         for call in calls:  # loads modules, which a capture must not
             call(stream.ptr)

@@ -1,0 +1,185 @@
+"""Device side of the dense GEMM: the units of a tile, from accumulators to output values.
+
+A unit is what one thread block finishes at a time: a few columns of 64 rows. Units of a tile whose K is split are
+shared out among the CTAs of a cluster; each sends its partial sums of the others' units to their shared memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import cutlass
+from cutlass import Float32, Int32, const_expr, cute
+
+TILE_K = 64  # one 128-byte swizzle row of bf16
+SHARED_BYTES = 228 * 1024  # of an SM
+SHARED_RESERVED = 1024  # of an SM's 228 KB, by every resident CTA
+
+
+@dataclass(frozen=True, slots=True)
+class GemmTile:
+    """Shape of the work of one CTA and one cluster; see GemmConfig in gemm.py for what is chosen when."""
+
+    tile_m: int  # rows of the left operand (x, or W when swapped), a multiple of 64 per warpgroup
+    tile_n: int  # rows of the right operand, a multiple of 16, at most 256
+    cluster_m: int
+    cluster_n: int
+    split: int  # CTAs of a cluster that share the K dimension of one tile
+    warpgroups: int  # that multiply: 1 or 2
+    swap: bool
+    residents: int  # CTAs that share an SM
+
+
+class GemmUnits:
+    """What follows from a tile shape, epilogue and output type, and what is done with units.
+
+    A thread holds, for each of its warpgroup's blocks of 64 rows, ``tile_n / 2`` accumulators: 4 for every 8 columns
+    (two rows 8 apart, two neighbouring columns each). They are finished in units of a few columns; unit u of the tile
+    belongs to the CTA of rank u % split.
+    """
+
+    def __init__(
+        self, tile: GemmTile, epilogue: Literal["none", "add", "swiglu"], out: Any, *, grouped: bool = False
+    ) -> None:
+        self.tile = (tile.tile_m, tile.tile_n, TILE_K)
+        self.cluster = (tile.cluster_m, tile.cluster_n, tile.split)
+        self.split = tile.split
+        self.swap = tile.swap
+        self.epilogue = epilogue
+        self.out = out
+        self.grouped = grouped
+        self.consumers = tile.warpgroups
+        self.threads = 128 * (1 + self.consumers)
+        self.row_blocks = tile.tile_m // (64 * self.consumers)
+        self.values = tile.tile_n // 2
+        longer = max(tile.tile_m, tile.tile_n)
+        paired = 2 if epilogue == "swiglu" else 1  # accumulator columns per output column
+        if tile.swap:
+            self.store_columns, unit_columns = 0, tile.tile_n // tile.split
+        else:
+            wide = 512 // out.width  # 64 bytes of a row
+            part_fits = tile.split == 1 or wide * paired * self.consumers <= longer // 2
+            divides = tile.tile_n // paired % (wide * tile.split) == 0
+            self.store_columns = wide if divides and part_fits else wide // 2
+            unit_columns = self.store_columns * paired
+        self.units_per_block = tile.tile_n // unit_columns
+        self.units = self.row_blocks * self.units_per_block
+        self.unit_values = unit_columns // 2
+        self.owned = self.units // tile.split  # units this CTA finishes
+        assert tile.tile_n % unit_columns == 0
+        assert self.units % tile.split == 0
+        assert self.unit_values % 4 == 0
+        self.store_stages = 0 if tile.swap else max(2, min(4, self.owned))
+        store_bytes = self.consumers * self.store_stages * 64 * self.store_columns * out.width // 8
+        stage_bytes = (tile.tile_m + tile.tile_n) * TILE_K * 2
+        self.residents = tile.residents
+        shared_bytes = SHARED_BYTES // tile.residents - SHARED_RESERVED
+        self.stages = (shared_bytes - 1024 - store_bytes) // stage_bytes
+        # Behind a tile's operands the ring carries the partial sums of the peers ("parts": one unit of one peer), where
+        # the longer operand stands in a stage, and the residual, where the right one stands.
+        self.parts = (tile.split - 1) * self.owned
+        part_bytes = self.consumers * 128 * self.unit_values * 4
+        self.parts_per_stage = max(1, longer * TILE_K * 2 // part_bytes)
+        self.part_stages = -(-self.parts // self.parts_per_stage)
+        self.extras_per_stage = self.units_per_block // self.consumers
+        self.extra_stages = -(-self.owned // self.extras_per_stage) if epilogue == "add" and not tile.swap else 0
+        assert self.stages >= max(2, self.part_stages), "the tile is too large for shared memory"
+        assert self.parts == 0 or part_bytes <= longer * TILE_K * 2
+
+    @cute.jit
+    def _share_of(self, k_tiles, rank_k):
+        """First K tile of a rank and the one behind its last."""
+        return k_tiles * rank_k // self.split, k_tiles * (rank_k + 1) // self.split
+
+    @cute.jit
+    def _peer(self, place, owner):
+        """Rank in the cluster of the CTA that shares this one's tile with rank ``owner`` along K."""
+        return place[0] + self.cluster[0] * (place[1] + self.cluster[1] * owner)
+
+    @cute.jit
+    def _place_of(self, index: cutlass.Constexpr, rank_k):
+        """The ``index``-th unit of this CTA → (row block of its warpgroup, unit within that block)."""
+        unit = index * self.split + rank_k
+        if const_expr(self.row_blocks == 1):
+            return 0, unit
+        return unit // self.units_per_block, unit % self.units_per_block
+
+    @cute.jit
+    def _send(self, ring, flat, received, place, wg, lane, owner: cutlass.Constexpr, k_tiles, done):
+        """Partial sums of the units that rank ``owner`` finishes → the stages its producer has set aside for them.
+
+        Their place in the owner's ring follows from the number of tiles done; the slot of a sender depends on both
+        ranks alone, so sums are added in a fixed order.
+        """
+        _, _, rank_k = place
+        first, last = self._share_of(k_tiles, owner)
+        behind = (done + 1) * (last - first) + done * (self.part_stages + self.extra_stages)
+        slot = (rank_k - owner - 1 + self.split) % self.split
+        peer = self._peer(place, owner)
+        for index in cutlass.range_constexpr(self.owned):
+            part = index * (self.split - 1) + slot
+            stage = (behind + part // self.parts_per_stage) % self.stages
+            full = ring.sync_object_full.get_barrier(stage)
+            start = self._first_of(index * self.split + owner)
+            for quad in cutlass.range_constexpr(self.unit_values // 4):
+                at = start + quad * 4
+                values = (flat[at], flat[at + 1], flat[at + 2], flat[at + 3])
+                bits = tuple(value.bitcast(Int32) for value in values)
+                target = received[(None, lane, quad, wg, part % self.parts_per_stage, stage)].iterator.align(16)
+                cute.arch.store_async_dsmem(target, bits, full, peer)
+
+    def _first_of(self, unit):
+        """First accumulator of a unit."""
+        return unit // self.units_per_block * self.values + unit % self.units_per_block * self.unit_values
+
+    @cute.jit
+    def _take(self, flat, sums, rank_k):
+        """Accumulators of this CTA's units → ``sums``."""
+        for owner in cutlass.range_constexpr(self.split):
+            if rank_k == owner:
+                for index in cutlass.range_constexpr(self.owned):
+                    start = self._first_of(index * self.split + owner)
+                    for i in cutlass.range_constexpr(self.unit_values):
+                        sums[index * self.unit_values + i] = flat[start + i]
+
+    @cute.jit
+    def _finish(self, sums, rY, rE):
+        """Sums of one unit → output values of one store."""
+        for i in cutlass.range_constexpr(cute.size(rY)):
+            if const_expr(self.epilogue == "swiglu"):
+                # W alternates 8 gate rows and 8 up rows: this thread holds both halves of each output.
+                at = 8 * (i // 4) + i % 4
+                rY[i] = self._swiglu(sums[at], sums[at + 4]).to(self.out)
+            elif const_expr(rE is not None):
+                rY[i] = (sums[i] + rE[i].to(Float32)).to(self.out)
+            else:
+                rY[i] = sums[i].to(self.out)
+
+    @cute.jit
+    def _swiglu(self, gate, up):
+        return gate * up * cute.arch.rcp_approx(1.0 + cute.math.exp(-gate, fastmath=True))
+
+    @cute.jit
+    def _store_direct(self, sums, Y, E, lane, rows_at, token, valid, n):
+        """Swapped operands: a thread holds two rows of W, 8 apart, and two tokens of every 8."""
+        out_columns = cute.size(Y, mode=[1])
+        token += lane % 4 * 2
+        row = rows_at * 64 + lane // 32 * 16 + lane % 32 // 4
+        if const_expr(self.epilogue == "add"):
+            for i in cutlass.range_constexpr(self.unit_values):
+                # Clamped, not predicated, so that all loads are in flight together.
+                at = cutlass.min(token + i // 4 * 8 + i % 2, valid - 1)
+                sums[i] = sums[i] + E[at, cutlass.min(row + i // 2 % 2 * 8, n - 1)].to(Float32)
+        for i in cutlass.range_constexpr(self.unit_values):
+            at = token + i // 4 * 8 + i % 2
+            if const_expr(self.epilogue == "swiglu"):
+                if const_expr(i // 2 % 2 == 0):
+                    out = rows_at * 32 + lane // 32 * 8 + lane % 32 // 4
+                    value = self._swiglu(sums[i], sums[i + 2])
+                    if at < valid and out < out_columns:
+                        Y[at, out] = value.to(self.out)
+            else:
+                out = row + i // 2 % 2 * 8
+                if at < valid and out < out_columns:
+                    Y[at, out] = sums[i].to(self.out)

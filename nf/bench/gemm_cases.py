@@ -1,0 +1,118 @@
+"""GEMMs of Llama-3's layers against cuBLAS on the same SMs; epilogues against the plain product; few rows against a
+streaming read of the weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from nf.bench import cublas
+from nf.bench.kernels import Bench, Row
+from nf.bench.measure import Call, measure
+from nf.kernels.gemm import Epilogue, Gemm, GemmKernels, sources
+
+Shape = tuple[int, int]  # n, k
+
+MODELS: dict[str, dict[str, Shape]] = {
+    "llama-3-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
+    "llama-3-70b-tp4": {"qkv": (2560, 8192), "o": (8192, 2048), "gate_up": (14336, 8192), "down": (8192, 7168)},
+}
+ROWS = (256, 512, 768, 1024, 1536, 2048, 4096, 8192)
+PARTITIONS, PARTITION_ROWS = (116, 100, 68), (512, 2048)
+EPILOGUES: tuple[tuple[str, Epilogue], ...] = (
+    ("qkv", "bias"), ("o", "residual"), ("gate_up", "swiglu"), ("down", "residual"),
+)  # fmt: skip
+SKINNY_ROWS = (1, 16, 32)
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    for model, shapes in MODELS.items():
+        products = Products(bench, list(shapes.values()))
+        for count in ROWS:
+            yield products.row(f"{model} layer, {count} rows", count, bench.sms, 1 / 1.03)
+        for sms in PARTITIONS:
+            for count in PARTITION_ROWS:
+                yield products.row(f"{model} layer, {count} rows, {sms} SMs", count, sms, 1.0)
+        for count in SKINNY_ROWS:
+            measured = measure([products.ours(count, bench.sms)])
+            score = products.bytes / measured.seconds / bench.read_rate()
+            case = f"{model} layer, {count} row{'s' * (count > 1)}"
+            yield Row("gemm", case, measured, products.bytes, "B", "streaming read", score, 0.85)
+    for name, epilogue in EPILOGUES:
+        yield _epilogue(bench, name, MODELS["llama-3-8b"][name], epilogue)
+
+
+class Products:
+    """The GEMMs of a layer, one after the other, with weights of their own: more than L2 holds."""
+
+    def __init__(self, bench: Bench, shapes: list[Shape]) -> None:
+        self.bench, self.shapes = bench, shapes
+        self.kernels = GemmKernels(bench.artifacts(sources()))
+        self.weights = [bench.normal(n, k, scale=k**-0.5) for n, k in shapes]
+        self.bytes = sum(n * k * 2 for n, k in shapes)
+
+    def row(self, case: str, count: int, sms: int, floor: float) -> Row:
+        stream = None if sms == self.bench.sms else _stream(sms)
+        reference = measure([self.cublas(count)], on=stream)
+        measured = measure([self.ours(count, sms)], on=stream)
+        work = count * self.bytes
+        return Row("gemm", case, measured, work, "FLOP", "cuBLAS", reference.seconds / measured.seconds, floor)
+
+    def ours(self, count: int, sms: int) -> Call:
+        calls = [
+            _call(self.bench, self.kernels.product(n, k, count, sms=sms), w)
+            for (n, k), w in zip(self.shapes, self.weights, strict=True)
+        ]
+        return functools.partial(_all, calls)
+
+    def cublas(self, count: int) -> Call:
+        import cupy
+
+        return functools.partial(
+            _all,
+            [
+                cublas.gemm(self.bench.normal(count, k), w, cupy.empty((count, n), cupy.uint16))
+                for (n, k), w in zip(self.shapes, self.weights, strict=True)
+            ],
+        )
+
+
+def _all(calls: list[Call], stream: int) -> None:
+    for call in calls:
+        call(stream)
+
+
+def _call(bench: Bench, product: Gemm, w: Any) -> Call:
+    import cupy
+
+    x = bench.normal(product.capacity, product.k)
+    y, extra = (bench.normal(product.capacity, product.n) for _ in range(2))
+    count = cupy.array([product.capacity], cupy.int32)
+    pointers = {"x": x.data.ptr, "w": w.data.ptr, "y": y.data.ptr, "rows": count.data.ptr, "extra": extra.data.ptr}
+
+    def call(stream: int, _keep: Any = (x, w, y, extra, count)) -> None:
+        product(**pointers, stream=stream)
+
+    return call
+
+
+@functools.cache
+def _stream(sms: int) -> int:
+    from nf.graphs.partition import split
+
+    return split(sms)[0].stream()
+
+
+def _epilogue(bench: Bench, name: str, shape: Shape, epilogue: Epilogue, count: int = 2048) -> Row:
+    """The same product with and without an epilogue, in the same configuration."""
+    n, k = shape
+    kernels = GemmKernels(bench.artifacts(sources()))
+    w = bench.normal(n, k, scale=k**-0.5)
+    fused = kernels.product(n, k, count, sms=bench.sms, epilogue=epilogue)
+    plain = kernels.product(n, k, count, sms=bench.sms)
+    reference = measure([_call(bench, plain, w)])
+    measured = measure([_call(bench, fused, w)])
+    score = reference.seconds / measured.seconds
+    case = f"llama-3-8b {name}, {count} rows, {epilogue}"
+    return Row("gemm", case, measured, 2 * count * n * k, "FLOP", "the plain product", score, 1 / 1.02)
