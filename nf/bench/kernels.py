@@ -23,7 +23,7 @@ from nf.kernels.compile import Artifact
 from nf.kernels.registry import all_sources, artifacts
 from nf.kernels.source import KernelSource
 
-CASES = ("gemm", "decode_attention", "prefill_attention", "memory", "sampling")
+CASES = ("gemm", "moe", "decode_attention", "prefill_attention", "memory", "sampling")
 
 
 @dataclass(frozen=True, slots=True)
