@@ -3,13 +3,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PROMPT ?= def read_lines(path):
 
-.PHONY: run test lint types install clean
+.PHONY: run test test-gpu lint types install clean
 
 run: $(BIN)/nf ## stream text from the bundled model
 	$(BIN)/nf generate -p "$(PROMPT)" --max-tokens 160 --seed 0
 
 test: $(VENV)/.dev lint types ## lint, types, tests
 	$(BIN)/pytest
+
+test-gpu: $(VENV)/.gpu ## kernels against references; needs a GPU
+	$(BIN)/pytest tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -27,6 +30,11 @@ $(BIN)/nf: pyproject.toml
 
 $(VENV)/.dev: $(BIN)/nf
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,compile]'
+	@touch $@
+
+# PyTorch is the reference of the GPU tests and of nothing else.
+$(VENV)/.gpu: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cuda]' torch
 	@touch $@
 
 clean:

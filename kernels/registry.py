@@ -9,7 +9,18 @@ from pathlib import Path
 from nf.kernels.compile import Artifact, compile_kernels, load_bundle
 from nf.kernels.source import KernelSource
 
-MODULES = ("gemm", "moe", "decode_attention", "prefill_attention", "norm", "rope_append", "gather", "sampling")
+MODULES = (
+    "gemm",
+    "moe",
+    "decode_attention",
+    "prefill_attention",
+    "norm",
+    "rope_append",
+    "gather",
+    "copies",
+    "sampling",
+    "stream_read",
+)
 """Modules of this package with a function ``sources() -> list[KernelSource]``."""
 
 

@@ -1,0 +1,34 @@
+"""Every kernel in every configuration that ships compiles for the GPU it is for, within the resources it was made for."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from nf.kernels.compile import Artifact
+from nf.kernels.registry import all_sources, artifacts
+
+ARCH = "sm_90a"
+REGISTERS_PER_SM = 65536
+STATIC_SHARED_BYTES = 48 * 1024  # more has to be asked for at the launch
+
+SOURCES = {source.name: source for source in all_sources()}
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict[str, Artifact]:
+    """All kernels, from the cache where it has them: the first run compiles, later ones find."""
+    assert shutil.which("cc") or shutil.which("gcc"), "linking a CuTe DSL launcher needs a C compiler"
+    return {artifact.source.name: artifact for artifact in artifacts(list(SOURCES.values()), ARCH)}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_compiles_within_its_resources(compiled: dict[str, Artifact], name: str) -> None:
+    resources = compiled[name].resources
+    assert resources, "no kernel in the binary"
+    for kernel in resources:
+        assert kernel.stack_bytes == 0, f"{kernel.kernel} spills or indexes registers: {kernel.stack_bytes} bytes"
+        assert kernel.registers <= 255
+        assert kernel.registers * 128 <= REGISTERS_PER_SM
+        assert kernel.shared_bytes <= STATIC_SHARED_BYTES
