@@ -1,4 +1,4 @@
-"""Every kernel in every configuration that ships compiles for the GPU it is for, within the resources it was made for."""
+"""Every kernel in every configuration that ships compiles for its GPU, within the resources it was made for."""
 
 from __future__ import annotations
 
