@@ -13,8 +13,8 @@ ARCH = "sm_90a"
 REGISTERS_PER_SM = 65536
 STATIC_SHARED_BYTES = 48 * 1024  # more has to be asked for at the launch
 STACK_BYTES = {"sample": 96}
-"""Per thread, by entry; all others must do without. Sampling runs 1,024 threads a row, which leaves 64 registers each, and
-spills what it touches once per row."""
+"""Per thread, by entry; all others must do without. Sampling runs 1,024 threads a row, which leaves 64 registers each,
+and spills what it touches once per row."""
 
 SOURCES = {source.name: source for source in all_sources()}
 
