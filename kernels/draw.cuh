@@ -1,8 +1,9 @@
 // Drawing a token: temperature, min-p, top-k, top-p, and the highest sum of scaled logit and Gumbel noise.
 //
 // Noise is drawn for every token that is kept, but its two logarithms are worked out for few. With u uniform, a token of
-// weight p = exp(logit/T) beats the score b only if −log u ≤ p·exp(−b), and −log u ≥ 1 − u. So 1 − u ≤ p·exp(−b) is asked
-// of all, with a margin for rounding; the few that pass are scored exactly and lower the bar exp(−b) for the rest.
+// weight p = exp(logit/T) ≤ 1 beats the score b only if −log u ≤ p·exp(−b), and −log u ≥ 1 − u. So 1 − u ≤ exp(−b) is
+// asked of all, as a comparison of integers, then 1 − u ≤ p·exp(−b), with margins for rounding. The few that pass are
+// scored exactly and lower the bar exp(−b) for the rest.
 #pragma once
 #include "philox.cuh"
 #include "select.cuh"
@@ -71,43 +72,51 @@ template <bool FILTERED, class Row>
 __device__ __forceinline__ Sums draw_pass(
     const Row& row, Shared& shared, const Choice& choice, const Weight& weight, const Cut& cut, Best& best) {
     constexpr float MARGIN = 1.0001f, NEAR_ONE = 1.0f + 4e-7f;
-    if (threadIdx.x == 0) shared.bar = __float_as_uint(INFINITE);
+    if (threadIdx.x == 0) shared.bar = INFINITE_BITS, shared.least_word = 0;
     __syncthreads();
+    const Philox noise = choice.noise;
     const float high_before_tie = next_below(cut.high);
-    volatile uint32_t* const bar = &shared.bar;
+    const volatile uint32_t* const bar = &shared.bar;
+    const volatile uint32_t* const least_word = &shared.least_word;
     float kept = 0, all = 0;
     uint32_t count = 0;
-    sweep<8 / Row::WIDTH>(row, [&](int id, const float (&x)[Row::WIDTH]) {
+    sweep(row, shared, [&](int id, const float (&x)[Row::WIDTH]) {
         const float high = FILTERED && id + Row::WIDTH - 1 <= cut.tie ? high_before_tie : cut.high;
-        float p[Row::WIDTH];
-        bool some = false;
+        if constexpr (FILTERED) {
+            bool some = false;
 #pragma unroll
-        for (int j = 0; j < Row::WIDTH; ++j) {
-            const bool above = x[j] > high;
-            const float w = weight(x[j]);
-            if constexpr (FILTERED) {
+            for (int j = 0; j < Row::WIDTH; ++j) {
+                const bool above = x[j] > high;
+                const float w = weight(x[j]);
                 all += x[j] >= cut.floor ? w : 0.0f;
                 kept += above ? w : 0.0f;
                 count += above;
                 if (!above && x[j] >= cut.low) push(shared, x[j], id + j);
+                some |= above;
             }
-            p[j] = above ? w : -INFINITE;
-            some |= above;
+            if (!cut.draw || !__any_sync(~0u, some)) return;
         }
-        if (!cut.draw || !__any_sync(~0u, some)) return;
-        const float scale = __uint_as_float(*bar);
-        uint32_t words[Row::WIDTH], hits = 0;
-        choice.noise.words<Row::WIDTH / 4>(id / 4, words);
+        uint32_t words[Row::WIDTH], most = 0;
+        noise.words<Row::WIDTH / 4>(id / 4, words);
 #pragma unroll
-        for (int j = 0; j < Row::WIDTH; ++j)
-            if (two_minus_uniform(words[j]) <= fmaf(p[j], scale, NEAR_ONE)) hits |= 1u << j;
+        for (int j = 0; j < Row::WIDTH; ++j) most = max(most, words[j]);
+        if (most < *least_word) return;
+        const float scale = __uint_as_float(*bar);
+        uint32_t hits = 0;
+#pragma unroll
+        for (int j = 0; j < Row::WIDTH; ++j) {
+            const float p = x[j] > high ? weight(x[j]) : -INFINITE;
+            if (two_minus_uniform(words[j]) <= fmaf(p, scale, NEAR_ONE)) hits |= 1u << j;
+        }
         if (!hits) return;
         do {
             const int own = id + __ffs(hits) - 1;
             score_token(choice, weight.top, row.at(own), own, best);
             hits &= hits - 1;
         } while (hits);
-        atomicMin(&shared.bar, __float_as_uint(expf(-best.score) * MARGIN));
+        const float lower = expf(-best.score) * MARGIN;
+        if (__float_as_uint(lower) < atomicMin(&shared.bar, __float_as_uint(lower)) && lower < 0.9f)
+            atomicMax(&shared.least_word, ~(static_cast<uint32_t>(lower * 0x1p32f) + 4096u));
     });
     if (!FILTERED) return {};
     const int straddling = cut.tie / Row::WIDTH * Row::WIDTH;
@@ -156,10 +165,13 @@ __device__ __forceinline__ Kept cut_list(
     return {kept, sums.kept + sum_threads(sum_until(kept), shared.scratch)};
 }
 
-// The token of a row whose highest logit is `top`. The histogram is of this row if `counted`; it may be overwritten.
+// What the first pass left in shared memory: nothing, the histogram, or the sorted list of the highest logits.
+enum class Left { NOTHING, HISTOGRAM, LIST };
+
+// The token of a row whose highest logit is `top`. The histogram may be overwritten; the list has at least top_k entries.
 template <class Row>
 __device__ __forceinline__ int draw_token(
-    const Row& row, Shared& shared, const Choice& choice, float top, bool counted) {
+    const Row& row, Shared& shared, const Choice& choice, float top, Left left) {
     const Weight weight(top, choice.temperature);
     const bool few = choice.top_k > 0 && choice.top_k < row.vocab_size, share = choice.top_p < 1;
     Best best;
@@ -169,8 +181,19 @@ __device__ __forceinline__ int draw_token(
         cut.high = next_below(cut.floor);
     }
     const float all_above = cut.high;
+    bool counted = left == Left::HISTOGRAM;
+    auto score_listed = [&](int length) {
+        for (int i = threadIdx.x; i < length; i += blockDim.x)
+            score_token(choice, top, listed_value(shared.list[i]), listed_id(shared.list[i]), best);
+    };
     if (!few && !share) {
         draw_pass<false>(row, shared, choice, weight, cut, best);
+    } else if (few && left == Left::LIST) {
+        int length = 0;  // of what min-p leaves
+        for (int i = threadIdx.x; i < min(shared.list_length, choice.top_k); i += blockDim.x)
+            length += listed_value(shared.list[i]) >= cut.floor;
+        length = sum_threads(length, shared.scratch);
+        score_listed(cut_list(shared, weight, Sums{}, Target{choice.top_k, choice.top_p, 0}, length).length);
     } else {
         constexpr uint32_t COMFORTABLE = LIST * 3 / 4;
         const uint32_t lowest = order_key(fmaxf(cut.floor, LOWEST));
@@ -226,8 +249,7 @@ __device__ __forceinline__ int draw_token(
             two_steps = exact = false;
             cut.tie = -1;
         }
-        for (int i = threadIdx.x; i < kept.length; i += blockDim.x)
-            score_token(choice, top, listed_value(shared.list[i]), listed_id(shared.list[i]), best);
+        score_listed(kept.length);
     }
     return reduce_threads(best, Best{}, shared.scratch, better).id;
 }

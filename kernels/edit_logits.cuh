@@ -53,7 +53,7 @@ template <class Row>
 __device__ __forceinline__ Fp32Row edit_row(const Row& row, float* values, const Edits& edits, Shared& shared) {
     auto inside = [&](int id) { return static_cast<uint32_t>(id) < static_cast<uint32_t>(row.vocab_size); };
     __syncthreads();  // the last row's readers are done
-    sweep<2>(row, [&](int id, const float (&x)[Row::WIDTH]) {
+    sweep(row, shared, [&](int id, const float (&x)[Row::WIDTH]) {
         if (id >= row.vocab_size) return;
 #pragma unroll
         for (int j = 0; j < Row::WIDTH; j += 4)

@@ -16,11 +16,12 @@ extern "C" __global__ void __launch_bounds__(512) embed(
     int vectors,
     int tokens_stride) {
     grid_dependency_launch();
-    grid_dependency_wait();
-    const int end = min(stop, *count);
+    const int end = min(stop, load_input(count));
     for (int row = start + blockIdx.x; row < end; row += gridDim.x) {
-        int id = token_ids[row];
-        int* const token = tokens + static_cast<int64_t>(token_slots[row]) * tokens_stride + positions[row];
+        int id = load_input(token_ids + row);
+        const int slot = load_input(token_slots + row), position = load_input(positions + row);
+        grid_dependency_wait();  // the token buffer is written by the step before
+        int* const token = tokens + static_cast<int64_t>(slot) * tokens_stride + position;
         if (id < 0)
             id = *token;
         else if (threadIdx.x == 0)
@@ -38,4 +39,5 @@ extern "C" __global__ void __launch_bounds__(512) embed(
             if (at < vectors) hidden[static_cast<int64_t>(row) * vectors + at] = x[i];
         }
     }
+    grid_dependency_wait();  // CTAs without work as well: the kernel must not end before those it depends on
 }

@@ -8,7 +8,9 @@ Shapes (T tokens, V vocab_size, H hidden_size):
   where it is −1 the buffer's own is used
 - count [1]: int32, how many tokens there are; those in [start, min(stop, count)) are done
 
-The rows that logits are made from are gathered by ``RmsNorm(variant="gather")``. Memory-bound: 4·H bytes per token.
+All of these but ``tokens`` are inputs of the step: they are read before the kernel before has ended, and must not be
+its output. The rows that logits are made from are gathered by ``RmsNorm(variant="gather")``. Memory-bound: 4·H bytes
+per token.
 """
 
 from __future__ import annotations

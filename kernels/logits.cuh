@@ -3,7 +3,8 @@
 #include "memory.cuh"
 #include "reduce.cuh"
 
-constexpr float INFINITE = __builtin_bit_cast(float, 0x7F800000u);
+constexpr uint32_t INFINITE_BITS = 0x7F800000u;
+constexpr float INFINITE = __builtin_bit_cast(float, INFINITE_BITS);
 constexpr float LOWEST = -1e30f;  // logits have to be above; what is not counts as −∞
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 constexpr int NONE = 0x7FFFFFFF;
@@ -11,6 +12,7 @@ constexpr int NONE = 0x7FFFFFFF;
 constexpr int BINS = 8192;  // of a histogram
 constexpr int LIST = 2048;  // candidates that are sorted in shared memory
 constexpr int MAX_TOP = 20;
+constexpr int RING = 6;     // vectors per thread on their way
 
 struct Crossing {
     int bin;
@@ -66,20 +68,21 @@ struct Bins {
     __device__ __forceinline__ float slack() const { return 0.01f * width + 4e-7f * fabsf(anchor); }
 };
 
-// All shared memory of a CTA.
-struct Shared {
+// Shared memory of a CTA; RING vectors per thread follow.
+struct alignas(16) Shared {
     uint32_t bins[BINS + 4];  // the last four: a place for what is in no bin
     uint64_t list[LIST];
     double scratch[3 * 32];  // of reductions
     Crossing crossings[2];
     float top_values[MAX_TOP];
     int list_length;
-    uint32_t bar;  // see draw.cuh
+    uint32_t bar, least_word;  // see draw.cuh
     int next_row;
     float floor;
     int tie;
-    Stats stats;    // of the raw logits
-    Bins histogram; // of the row whose bins these are
+    float cut;       // logits from here on are listed
+    Stats stats;     // of the raw logits
+    Bins histogram;  // what the bins are
 };
 
 // ---- Rows ----
@@ -118,7 +121,7 @@ __device__ __forceinline__ void cut_words(uint4& v, int tokens, int per_word, ui
     v = {words[0], words[1], words[2], words[3]};
 }
 
-// Vector `vector` of the row; −∞ where there are no tokens.
+// Vector `vector` of the row, read at once; −∞ where there are no tokens.
 template <class Row>
 __device__ __forceinline__ uint4 load_vector(const Row& row, int vector) {
     const int left = row.vocab_size - vector * Row::WIDTH;
@@ -128,21 +131,65 @@ __device__ __forceinline__ uint4 load_vector(const Row& row, int vector) {
     return v;
 }
 
-// Call visit(first id, values) for every vector of the row. Lanes of a warp call it together, some beyond the row's end.
-template <int UNROLL, class Row, class Visit>
-__device__ __forceinline__ void sweep(const Row& row, Visit visit) {
-    const int vectors = (row.vocab_size + Row::WIDTH - 1) / Row::WIDTH;
-    for (int base = 0; base < vectors; base += blockDim.x * UNROLL) {
-        uint4 v[UNROLL];
+// A sweep reads a row in rounds of VECTORS vectors per thread. Each thread copies its own vectors ahead of time to its own places
+// in shared memory and reads them back from there: that needs neither registers nor barriers.
+template <class Row>
+struct Sweep {
+    static constexpr int VECTORS = 2;
+    static constexpr int ROUNDS = RING / VECTORS;  // ahead
+    const Row& row;
+    uint4* const ring;
+    const int vectors;
+
+    __device__ __forceinline__ Sweep(const Row& row, Shared& shared)
+        : row(row),
+          ring(reinterpret_cast<uint4*>(&shared + 1) + threadIdx.x),
+          vectors((row.vocab_size + Row::WIDTH - 1) / Row::WIDTH) {}
+
+    __device__ __forceinline__ int vector(int round, int i) const {
+        return (round * VECTORS + i) * blockDim.x + threadIdx.x;
+    }
+    __device__ __forceinline__ uint4* place(int slot, int i) const { return ring + (slot * VECTORS + i) * blockDim.x; }
+
+    __device__ __forceinline__ void copy(int round, int slot) const {
 #pragma unroll
-        for (int i = 0; i < UNROLL; ++i) v[i] = load_vector(row, base + i * blockDim.x + threadIdx.x);
+        for (int i = 0; i < VECTORS; ++i)
+            if (vector(round, i) < vectors)
+                copy_16(place(slot, i), reinterpret_cast<const uint4*>(row.data) + vector(round, i));
+        copies_commit();
+    }
+
+    // Start to copy. No other sweep may come before run().
+    __device__ __forceinline__ void begin() const {
+        for (int round = 0; round < ROUNDS; ++round) copy(round, round);
+    }
+
+    // Call visit(first id, values) for every vector. Lanes of a warp call it together, some beyond the row's end.
+    template <class Visit>
+    __device__ __forceinline__ void run(Visit visit) const {
+        int slot = 0;
+        for (int round = 0; round * VECTORS * static_cast<int>(blockDim.x) < vectors; ++round) {
+            copies_wait<ROUNDS - 1>();
 #pragma unroll
-        for (int i = 0; i < UNROLL; ++i) {
-            float x[Row::WIDTH];
-            Row::unpack(v[i], x);
-            visit((base + i * blockDim.x + threadIdx.x) * Row::WIDTH, x);
+            for (int i = 0; i < VECTORS; ++i) {
+                const int left = row.vocab_size - vector(round, i) * Row::WIDTH;
+                uint4 v = left > 0 ? *place(slot, i) : Row::nothing();
+                if (0 < left && left < Row::WIDTH) [[unlikely]] cut_words(v, left, Row::WIDTH / 4, Row::nothing().x);
+                float x[Row::WIDTH];
+                Row::unpack(v, x);
+                visit(vector(round, i) * Row::WIDTH, x);
+            }
+            copy(round + ROUNDS, slot);
+            if (++slot == ROUNDS) slot = 0;
         }
     }
+};
+
+template <class Row, class Visit>
+__device__ __forceinline__ void sweep(const Row& row, Shared& shared, Visit visit) {
+    const Sweep<Row> own(row, shared);
+    own.begin();
+    own.run(visit);
 }
 
 // ---- Order ----
@@ -167,6 +214,23 @@ struct Weight {
     __device__ __forceinline__ float operator()(float x) const { return exp2_approximate((x - top) * factor); }
 };
 
+// ---- The list of candidates ----
+
+__device__ __forceinline__ void clear_list(Shared& shared) {
+    __syncthreads();
+    if (threadIdx.x == 0) shared.list_length = 0;
+    __syncthreads();
+}
+
+// The length goes on counting when the list is full.
+__device__ __forceinline__ void push(Shared& shared, float value, int id) {
+    const int at = atomicAdd(&shared.list_length, 1);
+    if (at < LIST) shared.list[at] = static_cast<uint64_t>(~order_key(value)) << 32 | static_cast<uint32_t>(id);
+}
+
+__device__ __forceinline__ float listed_value(uint64_t entry) { return key_value(~static_cast<uint32_t>(entry >> 32)); }
+__device__ __forceinline__ int listed_id(uint64_t entry) { return static_cast<int>(static_cast<uint32_t>(entry)); }
+
 // ---- One pass: maximum, normaliser, histogram ----
 
 __device__ __forceinline__ Stats join(const Stats& a, const Stats& b) {
@@ -178,15 +242,16 @@ __device__ __forceinline__ Stats join(const Stats& a, const Stats& b) {
     return both;
 }
 
-// Highest of the first vectors, one per thread.
+// The highest of one vector per thread, spread over the row.
 template <class Row>
-__device__ __forceinline__ float first_maximum(const Row& row, Shared& shared) {
-    float highest = -INFINITE;
-    float x[Row::WIDTH];
-    Row::unpack(load_vector(row, threadIdx.x), x);
+__device__ __forceinline__ float own_sample(const Row& row) {
+    const int vectors = (row.vocab_size + Row::WIDTH - 1) / Row::WIDTH;
+    const int stride = max(1, vectors / static_cast<int>(blockDim.x));
+    float x[Row::WIDTH], highest = -INFINITE;
+    Row::unpack(load_vector(row, threadIdx.x * stride), x);
 #pragma unroll
     for (int j = 0; j < Row::WIDTH; ++j) highest = fmaxf(highest, x[j]);
-    return reduce_threads(highest, -INFINITE, shared.scratch, [](float a, float b) { return fmaxf(a, b); });
+    return highest;
 }
 
 __device__ __forceinline__ void clear_bins(Shared& shared) {
@@ -195,23 +260,51 @@ __device__ __forceinline__ void clear_bins(Shared& shared) {
     __syncthreads();
 }
 
-// Before row_stats<true>. Bins are made for this temperature.
+// Before row_stats<COUNT>. Bins are made for this temperature.
 template <class Row>
 __device__ __forceinline__ void begin_histogram(const Row& row, Shared& shared, float temperature) {
     clear_bins(shared);
-    const float guess = first_maximum(row, shared);
+    const float guess = reduce_threads(
+        own_sample(row), -INFINITE, shared.scratch, [](float a, float b) { return fmaxf(a, b); });
     if (threadIdx.x == 0) shared.histogram = Bins(guess, temperature);
     __syncthreads();
 }
 
-// COUNT also fills shared.bins; they are complete on return.
-template <bool COUNT, class Row>
-__device__ __forceinline__ Stats row_stats(const Row& row, Shared& shared) {
-    const Bins bins = COUNT ? shared.histogram : Bins();
+// Before row_stats<LIST>: choose the cut so that the `count` highest logits will be listed and the list will suffice.
+// Returns whether that can be expected; it is a guess from a sample.
+template <class Row>
+__device__ __forceinline__ bool begin_list(const Row& row, Shared& shared, int count) {
+    // Of the sampled vectors' maxima, the one that many are at or above. The row has about `ratio` times as many.
+    const float ratio = fmaxf(1.0f, static_cast<float>(row.vocab_size) / (blockDim.x * Row::WIDTH));
+    const float least = count / ratio;
+    const int many = static_cast<int>(least + 5.0f * sqrtf(least) + 10.0f);
+    clear_list(shared);
+    if (many * ratio > LIST * 0.6f || many > static_cast<int>(blockDim.x) / 8) return false;
+    const uint32_t key = order_key(fmaxf(own_sample(row), LOWEST));
+    uint32_t cut = 0;
+    for (uint32_t bit = 1u << 31; bit >= 1u << 12; bit /= 2)  // the lower bits are not worth their barriers
+        if (__syncthreads_count(key >= (cut | bit)) >= many) cut |= bit;
+    if (threadIdx.x == 0) shared.cut = fmaxf(key_value(cut), LOWEST);
+    __syncthreads();
+    return true;
+}
+
+// What the first pass does besides: fill shared.bins, or list the logits from shared.cut on.
+enum class First { NOTHING, COUNT, LIST };
+
+// Whether the first pass has listed the `count` highest logits, all of them.
+__device__ __forceinline__ bool list_suffices(const Shared& shared, int count) {
+    return count <= shared.list_length && shared.list_length <= LIST;
+}
+
+template <First FIRST, class Row>
+__device__ __forceinline__ Stats row_stats(const Row& row, Shared& shared) {  // its Sweep has begun
+    const Bins bins = FIRST == First::COUNT ? shared.histogram : Bins();
+    const float cut = FIRST == First::LIST ? shared.cut : INFINITE;
     Stats own;
     float scaled = own.top * LOG2_E;
     const uint32_t bins_address = shared_address(shared.bins);
-    sweep<4>(row, [&](int id, const float (&x)[Row::WIDTH]) {
+    Sweep<Row>(row, shared).run([&](int id, const float (&x)[Row::WIDTH]) {
         float highest = x[0];
 #pragma unroll
         for (int j = 1; j < Row::WIDTH; ++j) highest = fmaxf(highest, x[j]);
@@ -224,15 +317,20 @@ __device__ __forceinline__ Stats row_stats(const Row& row, Shared& shared) {
         own.where = highest > own.top ? id : own.where;
         own.top = top;
         scaled = next;
-        if constexpr (COUNT) {
+        if constexpr (FIRST == First::COUNT) {
 #pragma unroll
             for (int j = 0; j < Row::WIDTH; ++j) bins.count(x[j], bins_address);
+        }
+        if (FIRST == First::LIST && highest >= cut) {
+#pragma unroll
+            for (int j = 0; j < Row::WIDTH; ++j)
+                if (x[j] >= cut) push(shared, x[j], id + j);
         }
     });
     Stats all = reduce_threads(own, Stats{}, shared.scratch, join);
     if (all.sum != all.sum) {  // maxima do not hand on NaN, sums do
         float sum = 0;
-        sweep<1>(row, [&](int, const float (&x)[Row::WIDTH]) {
+        sweep(row, shared, [&](int, const float (&x)[Row::WIDTH]) {
 #pragma unroll
             for (int j = 0; j < Row::WIDTH; ++j) sum += x[j] == x[j] ? scaled_exp(x[j], all.top * LOG2_E) : 0.0f;
         });
@@ -245,9 +343,13 @@ __device__ __forceinline__ Stats row_stats(const Row& row, Shared& shared) {
 // The lowest id of the highest value.
 template <class Row>
 __device__ __forceinline__ int first_highest(const Row& row, const Stats& stats) {
-    int id = stats.where;
-    while (row.at(id) != stats.top) ++id;
-    return id;
+    float x[Row::WIDTH];
+    Row::unpack(load_vector(row, stats.where / Row::WIDTH), x);
+    int first = 0;
+#pragma unroll
+    for (int j = Row::WIDTH - 1; j >= 0; --j)
+        if (x[j] == stats.top) first = j;
+    return stats.where + first;
 }
 
 __device__ __forceinline__ void keep_stats(Shared& shared, const Stats& stats) {

@@ -11,39 +11,43 @@ struct Report {
     int index;
 };
 
-// The `count` ≤ MAX_TOP most likely tokens of a row with `shared.stats`; shared.top_values keeps their logits. The histogram is of this row if
+// List the `count` ≤ MAX_TOP most likely tokens of the row, and perhaps more, sorted. The histogram is of this row if
 // `counted`. Returns whether it still is.
 template <class Row>
-__device__ __forceinline__ bool report_top(
-    const Row& row, Shared& shared, bool counted, int count, const Report& report) {
+__device__ __forceinline__ bool list_top(const Row& row, Shared& shared, bool counted, int count) {
     const Weight weight(shared.stats.top, 1.0f);
-    count = min(count, row.vocab_size);
-    const Target target{count, 1.0f, 0.0};
+    const Target target{min(count, row.vocab_size), 1.0f, 0.0};
     float low = counted ? find_bracket(shared, weight, -INFINITE, row.vocab_size, target).low : INFINITE;
     int tie = NONE;
     for (;;) {
         clear_list(shared);
-        sweep<4>(row, [&](int id, const float (&x)[Row::WIDTH]) {
+        if (counted || low < INFINITE) {
+            sweep(row, shared, [&](int id, const float (&x)[Row::WIDTH]) {
 #pragma unroll
-            for (int j = 0; j < Row::WIDTH; ++j) {
-                const float value = fmaxf(x[j], -INFINITE);  // of NaN
-                if (value > low || (value == low && id + j <= tie && id + j < row.vocab_size)) push(shared, value, id + j);
-            }
-        });
-        __syncthreads();
-        const int length = shared.list_length;
-        if (!counted && low < INFINITE) break;  // exact by now
-        if (count <= length && length <= LIST) break;
+                for (int j = 0; j < Row::WIDTH; ++j) {
+                    const float value = fmaxf(x[j], -INFINITE);  // of NaN
+                    if (value > low || (value == low && id + j <= tie && id + j < row.vocab_size))
+                        push(shared, value, id + j);
+                }
+            });
+            __syncthreads();
+            const int length = shared.list_length;
+            if (!counted || (target.count <= length && length <= LIST)) break;  // refined bounds are exact
+        }
         counted = false;
-        const Refined found =
-            refine(row, shared, weight, -INFINITE, target, order_key(-INFINITE), order_key(fmaxf(shared.stats.top, -INFINITE)));
+        const uint32_t highest = order_key(fmaxf(shared.stats.top, -INFINITE));
+        const Refined found = refine(row, shared, weight, -INFINITE, target, order_key(-INFINITE), highest);
         low = found.low;
         tie = found.count ? find_tie(row, shared, low, found.count) : NONE;
     }
-    const int length = min(shared.list_length, LIST);
-    sort_list(shared, length);
+    sort_list(shared, min(shared.list_length, LIST));
+    return counted;
+}
+
+// Report the `count` ≤ MAX_TOP first entries of the sorted list.
+__device__ __forceinline__ void report_top(Shared& shared, int vocab_size, int count, const Report& report) {
     if (threadIdx.x < MAX_TOP) {
-        const bool filled = threadIdx.x < min(count, length);
+        const bool filled = threadIdx.x < min(min(count, vocab_size), shared.list_length);
         const uint64_t entry = shared.list[threadIdx.x];
         const float value = filled ? listed_value(entry) : -INFINITE;
         shared.top_values[threadIdx.x] = value;
@@ -51,14 +55,14 @@ __device__ __forceinline__ bool report_top(
         report.top_logprobs[report.index * MAX_TOP + threadIdx.x] = filled ? shared.stats.logprob(value) : -INFINITE;
     }
     __syncthreads();
-    return counted;
 }
 
-// Log-probability and rank of a token, once report_top has listed `count` tokens (or 0).
+// Log-probability and rank of a token, once report_top has reported `count` tokens (or 0). `highest` says that the caller
+// knows its logit to be the highest.
 template <class Row>
 __device__ __forceinline__ void report_chosen(
-    const Row& row, Shared& shared, int id, int count, const Report& report) {
-    float value = row.at(id);
+    const Row& row, Shared& shared, int id, bool highest, int count, const Report& report) {
+    float value = highest ? shared.stats.top : row.at(id);
     value = value == value ? value : -INFINITE;
     int above = 0;
     if (value == shared.stats.top) {
@@ -66,7 +70,7 @@ __device__ __forceinline__ void report_chosen(
     } else if (count > 0 && value >= shared.top_values[min(count, row.vocab_size) - 1]) {
         while (shared.top_values[above] > value) ++above;
     } else {
-        sweep<4>(row, [&](int, const float (&x)[Row::WIDTH]) {
+        sweep(row, shared, [&](int, const float (&x)[Row::WIDTH]) {
 #pragma unroll
             for (int j = 0; j < Row::WIDTH; ++j) above += x[j] > value;
         });

@@ -14,6 +14,24 @@ __device__ __forceinline__ uint4 load_16(const void* source) {
     return v;
 }
 
+// Data that no kernel writes, and that is read again; stays on its side of grid_dependency_wait().
+__device__ __forceinline__ uint4 load_constant_16(const void* source) {
+    uint4 v;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(__cvta_generic_to_global(source))
+                 : "memory");
+    return v;
+}
+
+// Batch arrays are copied to the device before the step's first kernel, so they may be read while the kernel before still
+// runs; this keeps such a read on its side of grid_dependency_wait().
+__device__ __forceinline__ int load_input(const int* source) {
+    int value;
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(source)) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
@@ -32,4 +50,25 @@ __device__ __forceinline__ uint4 pack_bf16(const float (&x)[8]) {
 
 __device__ __forceinline__ void add_shared(uint32_t address, uint32_t value) {
     asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+// Copies from global to shared memory in the background, for this thread's own eyes until a barrier. copies_commit() makes
+// a group of those since the last, and copies_wait<N>() waits for all groups but the last N.
+__device__ __forceinline__ void copy_4(void* target, const void* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)),
+                 "l"(__cvta_generic_to_global(source))
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_16(void* target, const void* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
+                 "l"(__cvta_generic_to_global(source))
+                 : "memory");
+}
+
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int GROUPS>
+__device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }

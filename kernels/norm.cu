@@ -26,10 +26,6 @@ __device__ __forceinline__ float sum_of_threads(float value, int parity) {
 // Unpack again after this: keeping the fp32 values would take twice the registers, so fewer rows in flight.
 __device__ __forceinline__ void keep_packed(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
 
-__device__ __forceinline__ void prefetch(const void* address) {
-    asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(address)));
-}
-
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, ADD ? 2 : 3) rms_norm(
     uint4* hidden,        // [*, vectors]
     const uint4* delta,   // [*, vectors], ADD
@@ -41,14 +37,18 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, ADD ? 2 : 3) rms_no
     int stop,
     int vectors,
     float eps) {
-    // Into L1, from where each row takes them anew: registers are better spent on rows in flight.
-    for (int at = threadIdx.x; at < vectors; at += blockDim.x) prefetch(weight + at);
+    // What no kernel before writes is read before they end. The weight goes to shared memory: registers are better spent
+    // on rows in flight.
+    extern __shared__ uint4 scale[];
+    for (int at = threadIdx.x; at < vectors; at += blockDim.x) scale[at] = load_constant_16(weight + at);
+    const int end = min(stop, load_input(count));
+    int row = start + blockIdx.x;
+    int listed = GATHER && row < end ? load_input(rows + row) : row;
+    __syncthreads();
     grid_dependency_launch();
     grid_dependency_wait();
-    const int end = min(stop, *count);
-    int parity = 0;
-    for (int row = start + blockIdx.x; row < end; row += gridDim.x, parity ^= 1) {
-        uint4* const source = hidden + static_cast<int64_t>(GATHER ? rows[row] : row) * vectors;
+    for (int parity = 0; row < end; parity ^= 1) {
+        uint4* const source = hidden + static_cast<int64_t>(listed) * vectors;
         uint4 x[VECTORS] = {};
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i) {
@@ -93,10 +93,12 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, ADD ? 2 : 3) rms_no
             if (at >= vectors) break;
             float a[8], w[8];
             unpack_bf16(x[i], a);
-            unpack_bf16(__ldg(weight + at), w);
+            unpack_bf16(scale[at], w);
 #pragma unroll
             for (int j = 0; j < 8; ++j) a[j] *= factor * w[j];
             target[at] = pack_bf16(a);
         }
+        row += gridDim.x;
+        listed = GATHER && row < end ? rows[row] : row;
     }
 }

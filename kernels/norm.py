@@ -7,7 +7,8 @@ Shapes (T tokens, H hidden_size; bf16):
 - rows [R], "gather" only: int32, normed[i] is the norm of hidden[rows[i]] (the rows whose logits are wanted)
 - count [1]: int32, how many rows there are; those in [start, min(stop, count)) are done
 
-One CTA takes a row at a time and reads it once. Memory-bound: 4·H bytes per row (8·H with "add").
+``count`` and ``rows`` are inputs of the step: they are read before the kernel before has ended, and must not be its
+output. One CTA takes a row at a time and reads it once. Memory-bound: 4·H bytes per row (8·H with "add").
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class RmsNorm:
 
     def __init__(self, artifacts: Iterable[Artifact], hidden_size: int, eps: float, variant: Variant = "plain") -> None:
         by_name = {artifact.source.name: artifact for artifact in artifacts}
-        self._kernel = CudaKernel(by_name[norm_source(variant).name])
         self._vectors = row_vectors(hidden_size)
+        self._kernel = CudaKernel(by_name[norm_source(variant).name], shared_bytes=16 * self._vectors)
         self._threads = row_threads(hidden_size)
         self._eps = eps
 

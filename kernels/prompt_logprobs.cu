@@ -33,13 +33,19 @@ extern "C" __global__ void __launch_bounds__(1024, 1) prompt_logprobs(
         const LogitsRow row{logits + static_cast<int64_t>(i - start) * stride, vocab_size};
         const Report report{chosen_logprobs, ranks, top_ids, top_logprobs, i};
         const int wanted = logprobs[i];
-        if (wanted > 0) {
-            begin_histogram(row, shared, 1.0f);
-            keep_stats(shared, row_stats<true>(row, shared));
-            report_top(row, shared, true, wanted, report);
+        Sweep<LogitsRow>(row, shared).begin();
+        if (wanted > 0 && begin_list(row, shared, wanted)) {
+            keep_stats(shared, row_stats<First::LIST>(row, shared));
         } else {
-            keep_stats(shared, row_stats<false>(row, shared));
+            keep_stats(shared, row_stats<First::NOTHING>(row, shared));
         }
-        report_chosen(row, shared, targets[i], wanted, report);
+        if (wanted > 0) {
+            if (list_suffices(shared, min(wanted, vocab_size)))
+                sort_list(shared, shared.list_length);
+            else
+                list_top(row, shared, false, wanted);
+            report_top(shared, vocab_size, wanted, report);
+        }
+        report_chosen(row, shared, targets[i], false, wanted, report);
     }
 }

@@ -42,15 +42,15 @@ __device__ __forceinline__ void norm_head(float (&x)[8], float (&y)[8], const Pa
     for (int j = 0; j < 8; ++j) y[j] *= factor * w[j];
 }
 
-__device__ __forceinline__ Pair rotate(const Pair& pair, const float4 (&angles)[4], const Pair& weight, float eps) {
+__device__ __forceinline__ Pair rotate(const Pair& pair, const uint4 (&angles)[4], const Pair& weight, float eps) {
     float x[8], y[8];
     unpack_bf16(pair.first, x);
     unpack_bf16(pair.second, y);
     if constexpr (QK_NORM) norm_head(x, y, weight, eps);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-        const float cosine = j % 2 ? angles[j / 2].z : angles[j / 2].x;
-        const float sine = j % 2 ? angles[j / 2].w : angles[j / 2].y;
+        const float cosine = __uint_as_float(j % 2 ? angles[j / 2].z : angles[j / 2].x);
+        const float sine = __uint_as_float(j % 2 ? angles[j / 2].w : angles[j / 2].y);
         const float a = x[j], b = y[j];
         x[j] = a * cosine - b * sine;
         y[j] = b * cosine + a * sine;
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append(
     const uint4* qkv,     // [*, (group + 2) · kv_heads · HEAD_DIM] bf16
     uint4* q,             // [*, q_stride vectors]; may be `qkv` itself
     char* kv,             // [pages, kv_heads, 2, HEAD_DIM / 64, PAGE_SIZE, 64] bf16, rows swizzled
-    const float4* table,  // [positions, HEAD_DIM / 2] pairs (cosine, sine)
+    const uint4* table,   // fp32 [positions, HEAD_DIM / 2] pairs (cosine, sine)
     const int* rows,      // [*] row of the cache
     const int* positions,
     const uint4* q_norm,  // [HEAD_DIM] bf16, QK_NORM
@@ -96,8 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append(
         k_weight = {k_norm[lane], k_norm[lane + HALF]};
     }
     grid_dependency_launch();
-    grid_dependency_wait();
-    const int end = min(stop, *count);
+    const int end = min(stop, load_input(count));
     const int per_token = kv_heads * LANES;
     const int stride = (group + 2) * kv_heads * 2 * LANES;  // vectors of a row of qkv
     // Whole CTAs go on together: lanes of a head exchange values.
@@ -108,24 +107,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append(
         const int token = valid ? wanted : end - 1;  // idle lanes read what is there and store nothing
         const int head = item % per_token / LANES;
         const uint4* const source = qkv + static_cast<int64_t>(token) * stride + lane;
+        const uint4* const own =
+            table + static_cast<int64_t>(load_input(positions + token)) * (HEAD_DIM / 4) + 4 * lane;
+        uint4 angles[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) angles[i] = load_constant_16(own + i);
+        grid_dependency_wait();
 
         const Pair k = load_pair(source + (group * kv_heads + head) * 2 * LANES);
         Pair v = load_pair(source + ((group + 1) * kv_heads + head) * 2 * LANES);
-        const int position = positions[token], row = rows[token];
+        const int row = rows[token];
         const uint4* const heads = source + head * group * 2 * LANES;
         uint4* const target = q + static_cast<int64_t>(token) * q_stride + head * group * 2 * LANES + lane;
-        float4 angles[4];
-        const float4* const own = table + static_cast<int64_t>(position) * (HEAD_DIM / 4) + 4 * lane;
 
         for (int first = 0; first < group; first += AT_ONCE) {
             Pair x[AT_ONCE];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i)
                 if (first + i < group) x[i] = load_pair(heads + (first + i) * 2 * LANES);
-            if (first == 0) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) angles[i] = __ldg(own + i);
-            }
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i)
                 if (first + i < group) {
@@ -153,4 +152,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append(
             *reinterpret_cast<uint4*>(page + HEAD_BYTES + second_at) = v.second;
         }
     }
+    grid_dependency_wait();  // CTAs without work as well: the kernel must not end before those it depends on
 }

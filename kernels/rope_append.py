@@ -14,7 +14,8 @@ Hkv KV heads, d head_dim; bf16 unless said otherwise):
 Values that are not finite are stored as 0 and their keys as NaN: a mask hides a key, but attention multiplies masked
 values by zero, and 0 · NaN would leak into the next owner of the page. The CPU executor does the same.
 
-Memory-bound: every byte of qkv is read once and written once.
+``positions`` and ``count`` are inputs of the step: they are read before the kernel before has ended, and must not be
+its output. Memory-bound: every byte of qkv is read once and written once.
 """
 
 from __future__ import annotations

@@ -15,6 +15,18 @@ using LogitsRow = Fp32Row;
 using Logit = float;
 #endif
 
+struct RowScalars {
+    Choice choice;
+    int wanted, slot;
+    float presence, frequency, repetition;
+    int biases[2], allowed[2], words[2];  // where the row's begin and end
+
+    __device__ __forceinline__ bool edited() const {
+        return presence != 0.0f || frequency != 0.0f || repetition != 1.0f || biases[1] > biases[0] ||
+               allowed[1] > allowed[0] || words[1] > words[0];
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(1024, 1) sample(
     const Logit* logits,  // [*, stride]
     int stride,
@@ -53,65 +65,113 @@ extern "C" __global__ void __launch_bounds__(1024, 1) sample(
     int scratch_stride) {
     extern __shared__ uint4 shared_memory[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
-    __shared__ Choice choice;
+    // Scalars of the rows at hand and next, copied ahead of time: a row begins without waiting for memory.
+    __shared__ RowScalars scalars[2];
+    __shared__ int next_rows[2];
     grid_dependency_launch();
     grid_dependency_wait();
     const int end = *count;
-    for (int i = blockIdx.x; i < end; i = shared.next_row) {
-        __syncthreads();  // all have read next_row
-        if (threadIdx.x == 0) {
-            shared.next_row = gridDim.x + atomicAdd(&counters[0], 1);
-            const uint2 seed = seeds[i];
-            choice = {temperature[i], top_p[i], min_p[i], top_k[i],
-                      {seed.x, seed.y, static_cast<uint32_t>(positions[i]), static_cast<uint32_t>(sample_index[i])}};
+    auto fetch = [&](int i, RowScalars& into) {
+        if (threadIdx.x != 0 || i >= end) return;
+        copy_4(&into.choice.temperature, temperature + i);
+        copy_4(&into.choice.top_p, top_p + i);
+        copy_4(&into.choice.min_p, min_p + i);
+        copy_4(&into.choice.top_k, top_k + i);
+        copy_4(&into.choice.noise.key0, &seeds[i].x);
+        copy_4(&into.choice.noise.key1, &seeds[i].y);
+        copy_4(&into.choice.noise.position, positions + i);
+        copy_4(&into.choice.noise.sample, sample_index + i);
+        copy_4(&into.wanted, logprobs + i);
+        copy_4(&into.slot, slots + i);
+        copy_4(&into.presence, presence_penalty + i);
+        copy_4(&into.frequency, frequency_penalty + i);
+        copy_4(&into.repetition, repetition_penalty + i);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            copy_4(&into.biases[j], bias_indptr + i + j);
+            copy_4(&into.allowed[j], allowed_indptr + i + j);
+            copy_4(&into.words[j], bad_words_indptr + i + j);
         }
+    };
+    // Rows are taken one ahead as well.
+    if (threadIdx.x == 0 && static_cast<int>(blockIdx.x) < end) next_rows[0] = gridDim.x + atomicAdd(&counters[0], 1);
+    // A row's first pass begins to copy when the row before is done with.
+    auto row_of = [&](int i) { return LogitsRow{logits + static_cast<int64_t>(i) * stride, vocab_size}; };
+    auto begin = [&](int i) {
+        if (i < end) Sweep<LogitsRow>(row_of(i), shared).begin();
+    };
+    fetch(blockIdx.x, scalars[0]);
+    copies_commit();
+    begin(blockIdx.x);
+    int parity = 0;
+    for (int i = blockIdx.x; i < end; parity ^= 1) {
+        copies_wait<Sweep<LogitsRow>::ROUNDS>();  // for the scalars: all but the copies begun
         __syncthreads();
-        const LogitsRow row{logits + static_cast<int64_t>(i) * stride, vocab_size};
+        fetch(next_rows[parity], scalars[parity ^ 1]);
+        copies_commit();
+        int after_next = 0;
+        if (threadIdx.x == 0 && next_rows[parity] < end) after_next = gridDim.x + atomicAdd(&counters[0], 1);
+
+        const RowScalars& own = scalars[parity];
+        const Choice& choice = own.choice;
+        const LogitsRow row = row_of(i);
         const Report report{chosen_logprobs, ranks, top_ids, top_logprobs, i};
-        const int wanted = logprobs[i];
-        const bool drawn = choice.temperature > 0;
-        const bool edited = presence_penalty[i] != 0.0f || frequency_penalty[i] != 0.0f || repetition_penalty[i] != 1.0f ||
-                            bias_indptr[i + 1] > bias_indptr[i] || allowed_indptr[i + 1] > allowed_indptr[i] ||
-                            bad_words_indptr[i + 1] > bad_words_indptr[i];
-        // Rows that are cut at a rank or at a share of weight get a histogram with the first pass.
-        const bool cut = drawn && ((choice.top_k > 0 && choice.top_k < vocab_size) || choice.top_p < 1);
+        const int wanted = own.wanted, position = static_cast<int>(choice.noise.position);
+        const bool drawn = choice.temperature > 0, edited = own.edited();
+        const bool few = drawn && choice.top_k > 0 && choice.top_k < vocab_size, share = drawn && choice.top_p < 1;
 
-        bool counted = wanted > 0 || (cut && !edited);
-        if (counted) {
-            begin_histogram(row, shared, drawn ? choice.temperature : 1.0f);
-            keep_stats(shared, row_stats<true>(row, shared));
+        // The first pass lists the highest logits where a known number of them will do, and counts where it is not known.
+        const int listed = min(max(wanted, few && !edited ? choice.top_k : 0), vocab_size);
+        const bool counts = share && !few && !edited;
+        Left left = Left::NOTHING;
+        if (!counts && listed > 0 && begin_list(row, shared, listed)) {
+            keep_stats(shared, row_stats<First::LIST>(row, shared));
+            if (list_suffices(shared, listed)) {
+                left = Left::LIST;
+                sort_list(shared, shared.list_length);
+            }
+        } else if (counts || (few && !edited)) {
+            begin_histogram(row, shared, choice.temperature);
+            keep_stats(shared, row_stats<First::COUNT>(row, shared));
+            left = Left::HISTOGRAM;
         } else {
-            keep_stats(shared, row_stats<false>(row, shared));
+            keep_stats(shared, row_stats<First::NOTHING>(row, shared));
         }
-        if (wanted > 0) counted = report_top(row, shared, counted, wanted, report);
+        if (threadIdx.x == 0) next_rows[parity ^ 1] = after_next;
+        if (wanted > 0) {
+            if (left != Left::LIST && !list_top(row, shared, left == Left::HISTOGRAM, wanted)) left = Left::NOTHING;
+            report_top(shared, vocab_size, wanted, report);
+        }
 
-        auto choose = [&](const auto& of, const Stats& stats) {
+        auto choose = [&](const auto& of, const Stats& stats, Left of_first) {
             if (!stats.sound()) return -1;
-            return drawn ? draw_token(of, shared, choice, stats.top, counted) : first_highest(of, stats);
+            return drawn ? draw_token(of, shared, choice, stats.top, of_first) : first_highest(of, stats);
         };
         auto edit = [&] {
-            const int slot = slots[i], words = bad_words_indptr[i];
             const Edits edits{
-                allowed_ids + allowed_indptr[i], allowed_indptr[i + 1] - allowed_indptr[i],
-                bad_words_token_indptr + words, bad_words_indptr[i + 1] - words, bad_words_ids,
-                bias_ids + bias_indptr[i], bias_values + bias_indptr[i], bias_indptr[i + 1] - bias_indptr[i],
-                tokens + static_cast<int64_t>(slot) * tokens_stride, positions[i], prompt_lens[i],
-                presence_penalty[i], frequency_penalty[i], repetition_penalty[i]};
+                allowed_ids + own.allowed[0], own.allowed[1] - own.allowed[0],
+                bad_words_token_indptr + own.words[0], own.words[1] - own.words[0], bad_words_ids,
+                bias_ids + own.biases[0], bias_values + own.biases[0], own.biases[1] - own.biases[0],
+                tokens + static_cast<int64_t>(own.slot) * tokens_stride, position, prompt_lens[i],
+                own.presence, own.frequency, own.repetition};
             return edit_row(row, scratch + static_cast<int64_t>(blockIdx.x) * scratch_stride, edits, shared);
         };
         auto stats_of_edited = [&](const Fp32Row& of) {
-            begin_histogram(of, shared, drawn ? choice.temperature : 1.0f);
-            counted = true;
-            return row_stats<true>(of, shared);
+            Sweep<Fp32Row>(of, shared).begin();
+            left = few || share ? Left::HISTOGRAM : Left::NOTHING;
+            if (left == Left::NOTHING) return row_stats<First::NOTHING>(of, shared);
+            begin_histogram(of, shared, choice.temperature);
+            return row_stats<First::COUNT>(of, shared);
         };
         int token;
         const bool usable = shared.stats.sound();
 #if BF16
         if (edited && usable) {
             const Fp32Row changed = edit();
-            token = choose(changed, stats_of_edited(changed));
+            const Stats stats = stats_of_edited(changed);
+            token = choose(changed, stats, left);
         } else {
-            token = choose(row, shared.stats);
+            token = choose(row, shared.stats, left);
         }
 #else  // one type of row: the code of drawing need not stand here twice
         LogitsRow chosen_from = row;
@@ -120,17 +180,18 @@ extern "C" __global__ void __launch_bounds__(1024, 1) sample(
             chosen_from = edit();
             stats = stats_of_edited(chosen_from);
         }
-        token = choose(chosen_from, stats);
+        token = choose(chosen_from, stats, left);
 #endif
-        if (wanted >= 0) report_chosen(row, shared, max(token, 0), wanted, report);
+        if (wanted >= 0) report_chosen(row, shared, max(token, 0), !drawn && !edited && usable, wanted, report);
         if (threadIdx.x == 0) {
             token_ids[i] = token;
-            // The next step may embed it.
-            tokens[static_cast<int64_t>(slots[i]) * tokens_stride + positions[i]] = max(token, 0);
+            tokens[static_cast<int64_t>(own.slot) * tokens_stride + position] = max(token, 0);  // may be embedded next
         }
-        __syncthreads();
+        i = next_rows[parity];
+        begin(i);
     }
     // The last CTA to end leaves the counters as it found them.
+    __threadfence();
     if (threadIdx.x == 0 && atomicInc(reinterpret_cast<unsigned*>(counters + 1), gridDim.x - 1) == gridDim.x - 1)
         counters[0] = 0;
 }

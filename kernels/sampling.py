@@ -9,11 +9,13 @@ Shapes (R rows, V vocab_size; fields of SamplingBatch as there, on the device):
 - logprobs, ranks [R] fp32, int32; top_ids, top_logprobs [R, 20]: of rows whose ``logprobs`` is ≥ 0, from raw logits;
   what a row did not ask for is −1 and −∞
 
-A greedy row is read once: maximum, its id and Σ exp in one pass. A drawn row is read twice. The first pass also counts
-logits into 8192 equal bins, from which follow bounds of the value at which top-k or top-p cut; the second collects the
-few tokens within the bounds, and draws for those above (select.cuh). Noise is Philox4x32-10 and Gumbel-max as on the
-CPU, with its logarithms worked out only where a cheap bound says the token may win (draw.cuh). Penalties, bias, allowed
-ids and bad words act on an fp32 copy of the row. Rows that ask for none of this pay for none of it.
+A greedy row is read once: maximum, its id and Σ exp in one pass. With a few hundred most likely tokens to be known
+(top-k, log-probabilities), that pass lists what is above a cut guessed from a sample, and the list, sorted, gives the
+rest. With top-p alone it counts logits into 8192 equal bins, from which follow bounds of the value at which top-p cuts;
+a second pass collects the few tokens within the bounds and draws for those above (select.cuh). Noise is Philox4x32-10
+and Gumbel-max as on the CPU, with its logarithms worked out only where a cheap bound says the token may win (draw.cuh).
+Penalties, bias, allowed ids and bad words act on an fp32 copy of the row. Rows that ask for none of this pay for none
+of it.
 
 ``PromptLogprobs`` does the log-probabilities alone, for given tokens.
 """
@@ -34,7 +36,7 @@ MAX_LOGPROBS = 20  # MAX_TOP of logits.cuh
 
 _THREADS = 512
 _CTAS_PER_SM = 2
-_SHARED_BYTES = 51 * 1024  # at least sizeof(Shared) of logits.cuh
+_SHARED_BYTES = 51 * 1024 + 6 * 16 * _THREADS  # at least Shared and the ring of logits.cuh
 _COUNTER_BYTES = 256
 _COMMON = ("logprobs.cuh", "select.cuh", "logits.cuh", "reduce.cuh", "memory.cuh", "hopper.cuh")
 _SAMPLE_PARAMETERS: tuple[ParameterKind, ...] = (
@@ -73,7 +75,7 @@ def prompt_logprobs_source(dtype: LogitsType) -> KernelSource:
 
 
 class SamplingArrays(NamedTuple):
-    """Device pointers to a SamplingBatch's arrays (``num_samples`` int32 [1]: rows there are), in the kernel's order."""
+    """Device pointers to a SamplingBatch's arrays, in the kernel's order; ``num_samples`` int32 [1]: rows there are."""
 
     num_samples: int
     slots: int

@@ -126,7 +126,7 @@ __device__ __forceinline__ Refined refine(
         clear_bins(shared);
         uint32_t above_count = 0;
         float above = 0, total = 0;
-        sweep<8 / Row::WIDTH>(row, [&](int, const float (&x)[Row::WIDTH]) {
+        sweep(row, shared, [&](int id, const float (&x)[Row::WIDTH]) {
 #pragma unroll
             for (int j = 0; j < Row::WIDTH; ++j) {
                 const float value = x[j] == x[j] ? x[j] : -INFINITE;
@@ -136,7 +136,7 @@ __device__ __forceinline__ Refined refine(
                 if (key > high) {
                     ++above_count;
                     above += w;
-                } else if (key >= low) {
+                } else if (key >= low && id + j < row.vocab_size) {  // beyond the row's end there is −∞
                     atomicAdd(&shared.bins[(high - key) >> shift], 1u);
                     atomicAdd(&masses[(high - key) >> shift], w);
                 }
@@ -188,7 +188,7 @@ __device__ __forceinline__ int find_tie(const Row& row, Shared& shared, float va
     int shift = 0;
     while (row.vocab_size - 1 >> shift >= BINS) ++shift;
     clear_bins(shared);
-    sweep<8 / Row::WIDTH>(row, [&](int id, const float (&x)[Row::WIDTH]) {
+    sweep(row, shared, [&](int id, const float (&x)[Row::WIDTH]) {
 #pragma unroll
         for (int j = 0; j < Row::WIDTH; ++j)
             if (x[j] == value && id + j < row.vocab_size) atomicAdd(&shared.bins[(id + j) >> shift], 1u);
@@ -211,21 +211,6 @@ __device__ __forceinline__ int find_tie(const Row& row, Shared& shared, float va
 }
 
 // ---- The list of candidates ----
-
-__device__ __forceinline__ void clear_list(Shared& shared) {
-    __syncthreads();
-    if (threadIdx.x == 0) shared.list_length = 0;
-    __syncthreads();
-}
-
-// The length goes on counting when the list is full.
-__device__ __forceinline__ void push(Shared& shared, float value, int id) {
-    const int at = atomicAdd(&shared.list_length, 1);
-    if (at < LIST) shared.list[at] = static_cast<uint64_t>(~order_key(value)) << 32 | static_cast<uint32_t>(id);
-}
-
-__device__ __forceinline__ float listed_value(uint64_t entry) { return key_value(~static_cast<uint32_t>(entry >> 32)); }
-__device__ __forceinline__ int listed_id(uint64_t entry) { return static_cast<int>(static_cast<uint32_t>(entry)); }
 
 // Sort the first `length` entries: highest value first, lowest id first among equal ones (bitonic; Batcher 1968).
 __device__ __forceinline__ void sort_list(Shared& shared, int length) {

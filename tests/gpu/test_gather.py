@@ -59,9 +59,10 @@ def test_page_copies(page_bytes: int, count: int) -> None:
     pairs = np.stack([order[:9], order[9:18]], axis=1)
     expected = cache.clone()
     expected[:, pairs[:count, 1]] = cache[:, pairs[:count, 0]]
+    listed, number = int32(pairs), int32([count])
     copies.PageCopy(artifacts(copies.sources(), "sm_90a"), layers=layers, page_bytes=page_bytes)(
-        source=cache.data_ptr(), destination=cache.data_ptr(), pairs=int32(pairs).data_ptr(),
-        count=int32([count]).data_ptr(), source_stride=pages * page_bytes, destination_stride=pages * page_bytes,
+        source=cache.data_ptr(), destination=cache.data_ptr(), pairs=listed.data_ptr(),
+        count=number.data_ptr(), source_stride=pages * page_bytes, destination_stride=pages * page_bytes,
         sms=2, stream=stream(),
     )  # fmt: skip
     assert torch.equal(cache, expected)
@@ -79,8 +80,9 @@ def test_pages_swap_to_pinned_memory_and_back() -> None:
         ([[2, 4], [7, 1]], device, away),
         ([[4, 6], [1, 0]], away, device),
     ):
+        listed, number = int32(pairs), int32([2])
         copy(
-            source=source, destination=target, pairs=int32(pairs).data_ptr(), count=int32([2]).data_ptr(),
+            source=source, destination=target, pairs=listed.data_ptr(), count=number.data_ptr(),
             source_stride=source_stride, destination_stride=target_stride, sms=1, stream=stream(),
         )  # fmt: skip
     assert torch.equal(cache, expected)
@@ -93,7 +95,8 @@ def test_forks(count: int) -> None:
     expected = tokens.clone()
     for source, destination, length in forks[:count]:
         expected[destination, :length] = tokens[source, :length]
+    listed, number = int32(forks), int32([count])
     copies.RowForks(artifacts(copies.sources(), "sm_90a"), 1001)(
-        tokens=tokens.data_ptr(), forks=int32(forks).data_ptr(), count=int32([count]).data_ptr(), sms=2, stream=stream()
+        tokens=tokens.data_ptr(), forks=listed.data_ptr(), count=number.data_ptr(), sms=2, stream=stream()
     )
     assert torch.equal(tokens, expected)

@@ -38,18 +38,19 @@ class Case:
     def __post_init__(self) -> None:
         rng = np.random.default_rng(len(self.olds))
         shape, page_size = self.shape, self.shape.page_size
-        lens = np.add(self.olds, self.news)
+        lens = np.add(self.olds, self.news).astype(int)
         pages = -(-lens // page_size)
         self.num_pages = int(pages.sum()) + 2
         indices = rng.permutation(self.num_pages)[: pages.sum()]
-        starts = np.concatenate([[0], np.cumsum(pages)])
+        starts = np.concatenate([[0], np.cumsum(pages)]).astype(int)
         positions = [p for old, new in zip(self.olds, self.news, strict=True) for p in range(old, old + new)]
-        sequence = np.repeat(np.arange(len(self.olds)), self.news)
+        sequence = np.repeat(np.arange(len(self.olds)), np.array(self.news, int))
         self.tokens = len(positions)
         self.expected_rows = [
             int(indices[starts[s] + p // page_size]) * page_size + p % page_size
             for s, p in zip(sequence, positions, strict=True)
         ]
+        self.num_tokens, self.num_seqs = int32([self.tokens]), int32([len(self.olds)])
         self.positions = int32(positions)
         self.qo_indptr = int32(np.concatenate([[0], np.cumsum(self.news)]))
         self.kv_indptr, self.kv_indices = int32(starts), int32(indices)
@@ -67,7 +68,7 @@ class Case:
         KvRows(artifacts(sources(), "sm_90a"), self.shape.page_size)(
             rows=rows.data_ptr(), positions=self.positions.data_ptr(), qo_indptr=self.qo_indptr.data_ptr(),
             kv_indptr=self.kv_indptr.data_ptr(), kv_indices=self.kv_indices.data_ptr(),
-            num_tokens=int32([self.tokens]).data_ptr(), num_seqs=int32([len(self.olds)]).data_ptr(),
+            num_tokens=self.num_tokens.data_ptr(), num_seqs=self.num_seqs.data_ptr(),
             max_tokens=self.tokens + 5, stream=stream(),
         )  # fmt: skip
         return rows
@@ -75,7 +76,7 @@ class Case:
     def run(self, rows: Any, start: int, stop: int, *, q: Any = None, sms: int = 132) -> None:
         RopeAppend(artifacts(sources(), "sm_90a"), self.shape)(
             qkv=self.qkv.data_ptr(), kv=self.cache.data_ptr(), table=self.table.data_ptr(), rows=rows.data_ptr(),
-            positions=self.positions.data_ptr(), count=int32([self.tokens]).data_ptr(), start=start, stop=stop,
+            positions=self.positions.data_ptr(), count=self.num_tokens.data_ptr(), start=start, stop=stop,
             sms=sms, stream=stream(), q=0 if q is None else q.data_ptr(), q_stride=0 if q is None else q.shape[1],
             q_norm=self.norms[0].data_ptr(), k_norm=self.norms[1].data_ptr(),
         )  # fmt: skip
@@ -83,7 +84,7 @@ class Case:
     def expected(self, qkv: Any) -> tuple[Any, Any, Any]:
         """q, k, v as [tokens, heads, head_dim], float64."""
         shape = self.shape
-        heads = qkv[: self.tokens].double().view(self.tokens, -1, shape.head_dim)
+        heads = qkv[: self.tokens].double().view(self.tokens, shape.qkv_size // shape.head_dim, shape.head_dim)
         q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
         if shape.qk_norm:
             q, k = (
@@ -102,7 +103,7 @@ class Case:
     def appended(self) -> tuple[Any, Any]:
         """k and v of the tokens, read back from the cache: [tokens, kv_heads, head_dim]."""
         plain = unswizzled(self.cache)
-        at = torch.tensor(self.expected_rows, device="cuda")
+        at = torch.tensor(self.expected_rows, device="cuda", dtype=torch.long)
         rows = plain[at // self.shape.page_size, :, :, at % self.shape.page_size]
         return rows[:, :, 0], rows[:, :, 1]
 
