@@ -23,14 +23,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nf.errors import InputError
 from nf.kernels.compile import Artifact
+from nf.kernels.kv_cache import HEAD_DIMS, PAGE_SIZES, check_shape
 from nf.kernels.load import CudaKernel
 from nf.kernels.source import KernelSource, ParameterKind
-
-HEAD_DIMS = (64, 128)
-PAGE_SIZES = (16, 32, 64)
-MAX_GROUP = 8  # query heads per KV head: the columns of one mma
 
 STAGES = 2  # of a warp's ring
 NOTE_BYTES = 24  # beside each stage: a note and a barrier
@@ -111,15 +107,7 @@ class DecodeShape:
     window: int | None = None  # a token sees itself and the window − 1 positions before
 
     def __post_init__(self) -> None:
-        if self.head_dim not in HEAD_DIMS:
-            raise InputError("head_dim", f"must be one of {HEAD_DIMS} for decode attention, not {self.head_dim}")
-        if self.page_size not in PAGE_SIZES:
-            raise InputError("page_size", f"must be one of {PAGE_SIZES}, not {self.page_size}")
-        if self.num_heads % self.num_kv_heads or not 1 <= self.group <= MAX_GROUP:
-            raise InputError(
-                "num_heads",
-                f"must be 1 to {MAX_GROUP} times num_kv_heads ({self.num_kv_heads}), not {self.num_heads}",
-            )
+        check_shape(self.num_heads, self.num_kv_heads, self.head_dim, self.page_size)
 
     @property
     def group(self) -> int:

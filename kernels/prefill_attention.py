@@ -5,9 +5,9 @@ out[r, h] = Σ softmax(q[r, h] · K[0 … p] · scale) V[0 … p], or over the l
 the new tokens are in the cache already.
 
 Arrays (bf16, fp32 accumulation; int32 indices), all on the device:
-  q         rows of ``q_stride`` elements that begin with num_q_heads · head_dim rotated queries (the qkv buffer)
+  q         rows of ``q_stride`` elements that begin with num_heads · head_dim rotated queries (the qkv buffer)
   kv_cache  [pages, num_kv_heads, 2, head_dim/64, page_size, 64], the 16-byte chunk c of row r at chunk c ^ (r % 8)
-  out       [rows, num_q_heads · head_dim]; only rows of prefill sequences inside the planned range are written
+  out       [rows, num_heads · head_dim]; only rows of prefill sequences inside the planned range are written
   qo_indptr, kv_lens, kv_indptr, kv_indices, num_decode, num_seqs: as in scheduler/batch.py
 
 Algorithm: FlashAttention-3 (Shah et al., arXiv 2407.08608): producer warps fill rings of shared-memory stages with
@@ -34,14 +34,12 @@ from collections.abc import Iterable
 
 from nf.errors import InputError
 from nf.kernels.compile import Artifact
+from nf.kernels.kv_cache import HEAD_DIMS, check_shape
 from nf.kernels.load import CudaKernel
 from nf.kernels.source import KernelSource
 
 CLUSTER = 2  # CTAs that share a tile and the copies of its keys
 CTA_ROWS = 128  # (token, query head of the group) pairs
-HEAD_DIMS = (64, 128)
-PAGE_SIZES = (16, 32, 64)
-MAX_GROUP = 8
 THREADS = 384
 PLAN_THREADS = 256
 PLAN_CTAS = 32
@@ -81,7 +79,7 @@ class PrefillAttention:
 
     Args:
         artifacts: compiled ``sources()``, among others perhaps.
-        num_q_heads, num_kv_heads: of this GPU.
+        num_heads, num_kv_heads: of this GPU.
         head_dim: 64 or 128.
         page_size: 16, 32 or 64 tokens.
         window: a token sees itself and the window − 1 positions before it; None: all.
@@ -95,20 +93,15 @@ class PrefillAttention:
         self,
         artifacts: Iterable[Artifact],
         *,
-        num_q_heads: int,
+        num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         page_size: int,
         window: int | None = None,
         scale: float | None = None,
     ) -> None:
-        if head_dim not in HEAD_DIMS:
-            raise InputError("head_dim", f"must be one of {HEAD_DIMS}, not {head_dim}")
-        if page_size not in PAGE_SIZES:
-            raise InputError("page_size", f"must be one of {PAGE_SIZES}, not {page_size}")
-        group, rest = divmod(num_q_heads, num_kv_heads)
-        if rest or not 1 <= group <= MAX_GROUP:
-            raise InputError("num_q_heads", f"must be 1 to {MAX_GROUP} times {num_kv_heads}, not {num_q_heads}")
+        check_shape(num_heads, num_kv_heads, head_dim, page_size)
+        group = num_heads // num_kv_heads
         if window is not None and window < 1:
             raise InputError("window", f"must be at least 1, not {window}")
         if scale is not None and not scale > 0:

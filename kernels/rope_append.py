@@ -27,13 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nf.errors import InputError
 from nf.kernels.compile import Artifact
+from nf.kernels.kv_cache import HEAD_DIMS, PAGE_SIZES, check_shape
 from nf.kernels.load import CudaKernel
 from nf.kernels.source import KernelSource, ParameterKind
-
-HEAD_DIMS = (64, 128)
-PAGE_SIZES = (16, 32, 64)
 
 _THREADS = 128  # THREADS of both kernels
 _CTAS_PER_SM = 5  # as many as registers allow
@@ -133,14 +130,7 @@ class RopeShape:
     eps: float = 0.0  # of the norms of q and k
 
     def __post_init__(self) -> None:
-        if self.head_dim not in HEAD_DIMS:
-            raise InputError("head_dim", f"must be one of {HEAD_DIMS}, not {self.head_dim}")
-        if self.page_size not in PAGE_SIZES:
-            raise InputError("page_size", f"must be one of {PAGE_SIZES}, not {self.page_size}")
-        if self.num_kv_heads <= 0 or self.num_heads % self.num_kv_heads:
-            raise InputError(
-                "num_heads", f"must be a multiple of num_kv_heads ({self.num_kv_heads}), not {self.num_heads}"
-            )
+        check_shape(self.num_heads, self.num_kv_heads, self.head_dim, self.page_size)
 
     @property
     def qkv_size(self) -> int:

@@ -34,7 +34,7 @@ def _call(bench: Bench, count: int, new: int, cached: int) -> Call:
 
     attention = PrefillAttention(
         bench.artifacts(sources()),
-        num_q_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, page_size=PAGE_SIZE,
+        num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, page_size=PAGE_SIZE,
     )  # fmt: skip
     tokens, pages = count * new, (new + cached) // PAGE_SIZE
     columns = (HEADS + 2 * KV_HEADS) * HEAD_DIM

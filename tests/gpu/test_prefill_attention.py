@@ -43,7 +43,7 @@ class Case:
             return torch.randn(shape, device="cuda", generator=generator).bfloat16()
 
         lengths = [(9, 1)] * self.decodes + self.chunks
-        self.num_q_heads = self.num_kv_heads * self.group
+        self.num_heads = self.num_kv_heads * self.group
         pages = [-(-(cached + new) // self.page_size) for cached, new in lengths]
         order = torch.randperm(sum(pages) + 3, device="cuda", generator=generator).int()  # three pages of nobody
         self.kv_indptr = _int32([sum(pages[:i]) for i in range(len(pages) + 1)])
@@ -52,7 +52,7 @@ class Case:
         self.kv_lens = _int32([cached + new for cached, new in lengths])
         self.counts = _int32([self.decodes, len(lengths)])
         self.rows = int(self.qo_indptr[-1])
-        self.q = normal(max(self.rows, 1), self.num_q_heads * self.head_dim + self.extra_columns)
+        self.q = normal(max(self.rows, 1), self.num_heads * self.head_dim + self.extra_columns)
         heads = (self.num_kv_heads, 2, self.page_size, self.head_dim)
         cache = torch.full((len(order), *heads), NAN, device="cuda", dtype=torch.bfloat16)
         for i, (cached, new) in enumerate(lengths):
@@ -67,7 +67,7 @@ class Case:
     def attention(self) -> PrefillAttention:
         return PrefillAttention(
             artifacts(sources(), "sm_90a"),
-            num_q_heads=self.num_q_heads,
+            num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             page_size=self.page_size,
@@ -75,7 +75,7 @@ class Case:
         )
 
     def poisoned_out(self) -> Any:
-        shape = (max(self.rows, 1), self.num_q_heads * self.head_dim)
+        shape = (max(self.rows, 1), self.num_heads * self.head_dim)
         return torch.full(shape, NAN, device="cuda", dtype=torch.bfloat16)
 
     def run(self, start: int = 0, stop: int | None = None, *, sms: int = 132, launches: int = 1) -> Any:
@@ -121,7 +121,7 @@ class Case:
         out = self.poisoned_out().float()
         row = self.decodes
         for (cached, new), (k, v) in zip(self.chunks, self.dense[self.decodes :], strict=True):
-            q = self.q[row : row + new, : self.num_q_heads * self.head_dim].float()
+            q = self.q[row : row + new, : self.num_heads * self.head_dim].float()
             q = q.view(new, self.num_kv_heads, self.group, self.head_dim)
             scores = torch.einsum("tngd,knd->ngtk", q, k.float()) * self.head_dim**-0.5
             position = torch.arange(cached, cached + new, device="cuda")[:, None]
@@ -246,9 +246,9 @@ def test_captured_once_serves_other_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("head_dim", 96), ("page_size", 8), ("num_q_heads", 18), ("window", 0), ("scale", -1.0)]
+    ("field", "value"), [("head_dim", 96), ("page_size", 8), ("num_heads", 18), ("window", 0), ("scale", -1.0)]
 )
 def test_shapes_without_a_kernel(field: str, value: Any) -> None:
-    shape: dict[str, Any] = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 128, "page_size": 16, field: value}
+    shape: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "page_size": 16, field: value}
     with pytest.raises(InputError, match=field):
         PrefillAttention([], **shape)
