@@ -27,5 +27,5 @@ def row_threads(hidden_size: int) -> int:
 
 
 def row_grid(rows: int, threads: int, sms: int) -> int:
-    """CTAs for ``rows`` rows on ``sms`` multiprocessors; each takes every so-manieth row."""
+    """CTAs for ``rows`` rows on ``sms`` multiprocessors; each takes rows a grid apart."""
     return max(1, min(rows, sms * (_THREADS_PER_SM // threads)))

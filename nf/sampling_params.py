@@ -13,7 +13,7 @@ MAX_COUNT = 2**31 - 1  # of top_k and max_tokens: executors count in 32 bits
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
-MAX_TOKEN_LIST = 1024  # stop_token_ids, allowed_token_ids below this need no thought about step cost
+MAX_TOKEN_LIST = 1024  # of stop_token_ids and of allowed_token_ids
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 128
 

@@ -1,8 +1,4 @@
-"""Norms, rotation with KV append, and gathers against a streaming copy; shapes of Llama-3-8B.
-
-The reference is the faster of the driver's copy and of a plain copy kernel, both of 1 GiB: in a graph the driver may
-take a copy engine, which is far from what the SMs reach.
-"""
+"""Norms, rotation with KV append, and gathers against a streaming copy; shapes of Llama-3-8B."""
 
 from __future__ import annotations
 
@@ -23,11 +19,9 @@ FLOOR = 0.85
 
 
 def rows(bench: Bench) -> Iterator[Row]:
-    copy_rate = max(bench.copy_rate, _copy_kernel_rate(bench))
-
     def row(kernel: str, case: str, work: int, make: Callable[[], Call]) -> Row:
         measured = measure(bench.rotate(make, work))
-        return Row(kernel, case, measured, work, "B", "copy", work / measured.seconds / copy_rate, FLOOR)
+        return Row(kernel, case, measured, work, "B", "copy", work / measured.seconds / bench.copy_rate, FLOOR)
 
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     for tokens in (1024, 2048, 8192):
@@ -36,15 +30,6 @@ def rows(bench: Bench) -> Iterator[Row]:
         yield row("rope_append", f"{tokens} tokens, 32/8 heads", tokens * width * 4, partial(_rope, bench, tokens))
         yield row("gather", f"embed, {tokens} tokens", tokens * HIDDEN * 4, partial(_embed, bench, tokens))
     yield row("gather", "1024 of 4096 rows, normed", 1024 * HIDDEN * 4, partial(_norm, bench, 1024, "gather", 4096))
-
-
-def _copy_kernel_rate(bench: Bench) -> float:
-    """Bytes per second, read and written together, of cupy's copy kernel on elements of 16 bytes."""
-    import cupy
-
-    source = bench.normal(1 << 29).view(cupy.complex128)
-    target = cupy.empty_like(source)
-    return 2.0 * float(source.nbytes) / measure([lambda _stream: cupy.copyto(target, source)]).seconds
 
 
 def _count(tokens: int) -> Any:

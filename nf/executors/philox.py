@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 UInt64 = NDArray[np.uint64]
-UInt32 = NDArray[np.uint32]
 Float32 = NDArray[np.float32]
 
 ROUNDS = 10
