@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 _DESCRIPTION = """\
-Measure every kernel against a reference in the same run, at steady state (clocks settled, buffers larger than the
-cache, random data), with the card's own energy counter. A score is the kernel's speed over the reference's.
+Measure every kernel against a reference in the same run, at steady state: clocks settled, buffers
+larger than the cache, random data, and the card's own energy counter. A score is the kernel's speed
+over the reference's.
 """
 
 _EXAMPLES = """\
 examples:
-  nf bench kernels                              all of them, in about five minutes
+  nf bench kernels                              all of them
   nf bench kernels --only gemm --output gemm.json
 """
 

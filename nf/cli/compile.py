@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 _DESCRIPTION = """\
-Compile every kernel for a GPU architecture, on any machine: neither a GPU nor a driver is needed. Without --out the
-kernels go to the cache, where the engine finds them; with --out they make a kernel bundle, a folder that another
-machine loads without a compiler (NF_KERNEL_BUNDLE=FOLDER). What is there already and still right is kept.
+Compile every kernel for a GPU architecture, on any machine: neither a GPU nor a driver is needed.
+Without --out the kernels go to the cache, where they are looked for; with --out they make a kernel
+bundle, a folder that another machine loads without a compiler (NF_KERNEL_BUNDLE=FOLDER). What is
+there already and still right is kept.
 """
 
 _EXAMPLES = """\

@@ -12,8 +12,8 @@ if TYPE_CHECKING:  # the commands import what they need when they run
     from nf.models.operations import Operation
 
 _DESCRIPTION = """\
-A pipeline plan says which nano-operation (an operation of a layer on a part of the dense batch) runs
-when, and on which stream. What has to wait for what is derived from the model's operations.
+A pipeline plan says which nano-operation (an operation of a layer on a part of the dense batch)
+runs when, and on which stream. What has to wait for what is derived from the model's operations.
 """
 
 _EXAMPLES = """\

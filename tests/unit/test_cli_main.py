@@ -24,7 +24,22 @@ def exits(argv: list[str]) -> int:
     return caught.value.code
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["info", "--help"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [*command, "--help"]
+        for command in (
+            [],
+            ["generate"],
+            ["plan"],
+            ["plan", "show"],
+            ["compile"],
+            ["bench"],
+            ["bench", "kernels"],
+            ["info"],
+        )
+    ],
+)
 def test_help_fits_100_columns_and_has_examples(
     argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,3 +201,17 @@ def test_info_as_text_and_as_json(capsys: pytest.CaptureFixture[str], monkeypatc
     text = capsys.readouterr().out
     assert "/somewhere/else" in text
     assert found["executor"]["reason"].split()[0] in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["compile", "--arch", "sm_80"], "nf compile: arch: must be one of sm_90a, not 'sm_80'\n"),
+        (["bench", "kernels", "--only", "gem"], "nf bench: --only: must be one of gemm, moe, decode_attention, "),
+    ],
+)
+def test_kernel_commands_name_what_they_do_not_know(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith(said)
