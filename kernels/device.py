@@ -1,0 +1,231 @@
+"""A GPU as the engine sees it: its memory, streams and events, through the CUDA driver.
+
+Pointers and handles are plain integers, as kernels take them. A thread calls ``Device.use`` before it touches any of
+this: the driver keeps the current context per thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf.errors import NfError
+
+
+class CudaError(NfError, RuntimeError):
+    """The CUDA driver refused."""
+
+
+class DeviceMemoryError(CudaError):
+    """The GPU has not as much memory free as was asked for."""
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """The values of a driver call: none, one, or a tuple.
+
+    Raises:
+        CudaError: the driver answered with an error, which the message names.
+    """
+    status, *values = result
+    if int(status):
+        raise CudaError(f"the CUDA driver answered {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+class Device:
+    """One GPU and its primary context, which is made current for the calling thread.
+
+    Raises:
+        CudaError: there is no driver or no such GPU.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        from cuda.bindings import driver
+
+        checked(driver.cuInit(0))
+        self.handle = checked(driver.cuDeviceGet(ordinal))
+        self._context = checked(driver.cuDevicePrimaryCtxRetain(self.handle))
+        self.use()
+        self.name: str = checked(driver.cuDeviceGetName(256, self.handle)).rstrip(b"\0").decode()
+        self.sms = self._attribute("MULTIPROCESSOR_COUNT")
+        capability = self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
+        self.compute_capability = capability
+        self.arch = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
+
+    def use(self) -> None:
+        """Make the context current for the calling thread."""
+        from cuda.bindings import driver
+
+        checked(driver.cuCtxSetCurrent(self._context))
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and in all."""
+        from cuda.bindings import driver
+
+        free, total = checked(driver.cuMemGetInfo())
+        return int(free), int(total)
+
+    def synchronize(self) -> None:
+        from cuda.bindings import driver
+
+        checked(driver.cuCtxSynchronize())
+
+    def _attribute(self, name: str) -> int:
+        from cuda.bindings import driver
+
+        attribute = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(checked(driver.cuDeviceGetAttribute(attribute, self.handle)))
+
+
+class DeviceMemory:
+    """Bytes on the current GPU, at least 256-byte aligned, of any content.
+
+    Raises:
+        DeviceMemoryError: there is not as much; ``purpose`` tells the reader of the message what needs it.
+    """
+
+    def __init__(self, num_bytes: int, purpose: str) -> None:
+        from cuda.bindings import driver
+
+        self.num_bytes = num_bytes
+        self.pointer = 0
+        status, pointer = driver.cuMemAlloc(max(1, num_bytes))
+        if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            free, total = checked(driver.cuMemGetInfo())
+            raise DeviceMemoryError(
+                f"{purpose} need {num_bytes / 2**30:.2f} GiB of GPU memory, "
+                f"and {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free"
+            )
+        self.pointer = int(checked((status, pointer)))
+
+    def zero(self) -> DeviceMemory:
+        """Fill with zero bytes, on the default stream and waited for."""
+        from cuda.bindings import driver
+
+        checked(driver.cuMemsetD8(self.pointer, 0, self.num_bytes))
+        return self
+
+    def upload(self, array: NDArray[Any], offset: int = 0) -> None:
+        """Copy a host array to ``offset`` bytes from the start and wait."""
+        from cuda.bindings import driver
+
+        array = np.ascontiguousarray(array)
+        assert offset + array.nbytes <= self.num_bytes
+        checked(driver.cuMemcpyHtoD(self.pointer + offset, array.ctypes.data, array.nbytes))
+
+    def download(self, array: NDArray[Any], offset: int = 0) -> None:
+        """Fill a contiguous host array from ``offset`` bytes from the start and wait."""
+        from cuda.bindings import driver
+
+        assert array.flags.c_contiguous and offset + array.nbytes <= self.num_bytes
+        checked(driver.cuMemcpyDtoH(array.ctypes.data, self.pointer + offset, array.nbytes))
+
+    def free(self) -> None:
+        """Give the bytes back; idempotent. Nothing may use them any more."""
+        from cuda.bindings import driver
+
+        if self.pointer:
+            checked(driver.cuMemFree(self.pointer))
+            self.pointer = 0
+
+
+class PinnedMemory:
+    """Page-locked host bytes that the GPU copies from and to without waiting; ``array`` is a uint8 view."""
+
+    def __init__(self, num_bytes: int) -> None:
+        from cuda.bindings import driver
+
+        self.num_bytes = num_bytes
+        self.pointer = int(checked(driver.cuMemHostAlloc(max(1, num_bytes), 0)))
+        buffer = (ctypes.c_uint8 * num_bytes).from_address(self.pointer)
+        self.array: NDArray[np.uint8] = np.frombuffer(buffer, np.uint8)
+
+    def free(self) -> None:
+        """Give the bytes back; idempotent. No copy may be under way, and views of ``array`` become invalid."""
+        from cuda.bindings import driver
+
+        if self.pointer:
+            checked(driver.cuMemFreeHost(self.pointer))
+            self.pointer = 0
+
+
+class Stream:
+    """A stream of the current context that does not wait for the default one; ``handle`` is what launches take.
+
+    Args:
+        priority: 0 is the default, lower is more urgent.
+    """
+
+    def __init__(self, priority: int = 0) -> None:
+        from cuda.bindings import driver
+
+        flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        self.handle = int(checked(driver.cuStreamCreateWithPriority(flags, priority)))
+
+    def synchronize(self) -> None:
+        """Wait for everything enqueued; other threads of this process run meanwhile."""
+        from cuda.bindings import driver
+
+        checked(driver.cuStreamSynchronize(self.handle))
+
+    def free(self) -> None:
+        """Destroy the stream; idempotent."""
+        from cuda.bindings import driver
+
+        if self.handle:
+            checked(driver.cuStreamDestroy(self.handle))
+            self.handle = 0
+
+
+class Event:
+    """A point in a stream. ``timing`` lets two of them measure the time between; without, waiting sleeps."""
+
+    def __init__(self, *, timing: bool = False) -> None:
+        from cuda.bindings import driver
+
+        kinds = driver.CUevent_flags
+        flags = kinds.CU_EVENT_DEFAULT if timing else kinds.CU_EVENT_DISABLE_TIMING | kinds.CU_EVENT_BLOCKING_SYNC
+        self.handle = checked(driver.cuEventCreate(int(flags)))
+
+    def record(self, stream: int) -> None:
+        """Mark what is enqueued on ``stream`` so far."""
+        from cuda.bindings import driver
+
+        checked(driver.cuEventRecord(self.handle, stream))
+
+    def synchronize(self) -> None:
+        """Wait for it; other threads of this process run meanwhile."""
+        from cuda.bindings import driver
+
+        checked(driver.cuEventSynchronize(self.handle))
+
+    def block(self, stream: int) -> None:
+        """Let what is enqueued on ``stream`` from now on wait for it."""
+        from cuda.bindings import driver
+
+        checked(driver.cuStreamWaitEvent(stream, self.handle, 0))
+
+    def since(self, start: Event) -> float:
+        """Seconds from ``start`` to this; both with ``timing``, both reached."""
+        from cuda.bindings import driver
+
+        return float(checked(driver.cuEventElapsedTime(start.handle, self.handle))) / 1e3
+
+    def free(self) -> None:
+        """Destroy the event; idempotent."""
+        from cuda.bindings import driver
+
+        if self.handle is not None:
+            checked(driver.cuEventDestroy(self.handle))
+            self.handle = None
+
+
+def copy(destination: int, source: int, num_bytes: int, stream: int) -> None:
+    """Enqueue a copy between any two of device memory and pinned memory."""
+    from cuda.bindings import driver
+
+    if num_bytes:
+        checked(driver.cuMemcpyAsync(destination, source, num_bytes, stream))
