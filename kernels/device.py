@@ -120,7 +120,8 @@ class DeviceMemory:
         """Fill a contiguous host array from ``offset`` bytes from the start and wait."""
         from cuda.bindings import driver
 
-        assert array.flags.c_contiguous and offset + array.nbytes <= self.num_bytes
+        assert array.flags.c_contiguous
+        assert offset + array.nbytes <= self.num_bytes
         checked(driver.cuMemcpyDtoH(array.ctypes.data, self.pointer + offset, array.nbytes))
 
     def free(self) -> None:

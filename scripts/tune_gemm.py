@@ -70,14 +70,14 @@ def _measure_shape(
     import cupy
 
     from nf.bench import cublas
-    from nf.graphs.partition import split
+    from nf.graphs.partition import partitions
 
     n, k = MODELS[model][name]
     ws = [_normal(n, k) for _ in range(max(1, -(-COPIES_BYTES // (n * k * 2))))]
     for sms in args.sms:
         stream = cupy.cuda.Stream(non_blocking=True)
         if sms < cupy.cuda.Device().attributes["MultiProcessorCount"]:
-            stream = cupy.cuda.ExternalStream(_STREAMS.setdefault(sms, None) or _keep(sms, split(sms)[0].stream()))
+            stream = cupy.cuda.ExternalStream(_STREAMS.setdefault(sms, None) or _keep(sms, partitions((sms,))[0].stream()))
         for rows in args.rows:
             if time.monotonic() - started > args.seconds:
                 return

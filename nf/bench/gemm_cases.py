@@ -99,9 +99,9 @@ def _call(bench: Bench, product: Gemm, w: Any) -> Call:
 
 @functools.cache
 def _stream(sms: int) -> int:
-    from nf.graphs.partition import split
+    from nf.graphs.partition import partitions
 
-    return split(sms)[0].stream()
+    return partitions((sms,))[0].stream()
 
 
 def _epilogue(bench: Bench, name: str, shape: Shape, epilogue: Epilogue, count: int = 2048) -> Row:
