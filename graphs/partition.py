@@ -6,19 +6,23 @@ the graph, whichever stream that is launched on.
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nf.errors import InputError, NfError
+from nf.errors import InputError
+from nf.graphs.pipeline_plan import Stream
+from nf.kernels import device as cuda
+from nf.kernels.device import CudaError, checked
 
-
-class PartitionError(NfError, RuntimeError):
-    """The driver refused to make a partition."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class SmPartition:
-    """``sms`` SMs of a GPU. Lives as long as the process: making one takes time, so make it once and share it."""
+    """``sms`` SMs of a GPU. Lives as long as the process: making one takes time, so it is made once and shared."""
 
     sms: int
     context: Any  # CUgreenCtx
@@ -28,47 +32,99 @@ class SmPartition:
         from cuda.bindings import driver
 
         flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-        return int(_checked(driver.cuGreenCtxStreamCreate(self.context, flags, priority)))
+        return int(checked(driver.cuGreenCtxStreamCreate(self.context, flags, priority)))
 
 
-def split(sms: int, device: int = 0) -> tuple[SmPartition, SmPartition]:
-    """Two disjoint partitions: the first with ``sms`` SMs, the second with the rest.
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A stream of a plan on the GPU: where its kernels are launched, and on how many SMs they may run."""
+
+    name: str
+    stream: int
+    sms: int
+
+
+def lanes(streams: Sequence[Stream], total_sms: int, device: int = 0) -> tuple[Lane, ...]:
+    """A lane for each stream of a plan: of a partition where it has a number of SMs, of the whole GPU otherwise.
+
+    Without green contexts (an old driver) a lane's kernels are launched with as many CTAs as its SMs hold, and run
+    wherever there is room; the log says so once.
 
     Raises:
-        InputError: the hardware cannot give that number; the message names the nearest that it can.
-        PartitionError: the driver refused.
+        InputError: the hardware cannot give a number of SMs; the message names the nearest that it can.
+    """
+    counts = tuple(stream.sms for stream in streams if stream.sms != "all")
+    partitions = iter(_partitions_or_none(counts, device) or ())
+    found = []
+    for stream in streams:
+        partition = None if stream.sms == "all" else next(partitions, None)
+        handle = partition.stream(stream.priority) if partition else cuda.Stream(stream.priority).handle
+        found.append(Lane(stream.name, handle, total_sms if stream.sms == "all" else stream.sms))
+    return tuple(found)
+
+
+def _partitions_or_none(counts: tuple[int, ...], device: int) -> tuple[SmPartition, ...] | None:
+    try:
+        return partitions(counts, device)
+    except (CudaError, AttributeError) as error:
+        _say_without(str(error))
+        return None
+
+
+@functools.cache
+def _say_without(reason: str) -> None:
+    logger.warning("SM partitions are not available (%s): SM counts of a plan limit its grids alone", reason)
+
+
+@functools.cache
+def partitions(counts: tuple[int, ...], device: int = 0) -> tuple[SmPartition, ...]:
+    """Disjoint partitions of exactly these numbers of SMs.
+
+    Raises:
+        InputError: the hardware cannot give one of them; the message names the nearest that it can.
+        CudaError: the driver refused.
     """
     from cuda.bindings import driver
 
-    _checked(driver.cuInit(0))
-    handle = _checked(driver.cuDeviceGet(device))
+    if not counts:
+        return ()
+    checked(driver.cuInit(0))
+    handle = checked(driver.cuDeviceGet(device))
     kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
-    everything = _checked(driver.cuDeviceGetDevResource(handle, kind))
-    total = everything.sm.smCount
+    left = checked(driver.cuDeviceGetDevResource(handle, kind))
+    groups = []
+    for index, sms in enumerate(counts):
+        rest = counts[index + 1 :]
+        if rest or left.sm.smCount != sms:
+            group, left = _split(left, sms)
+            groups.append(group)
+        else:
+            groups.append(left)
+    return tuple(_partition(group, handle) for group in groups)
+
+
+def _split(resource: Any, sms: int) -> tuple[Any, Any]:
+    """A group of ``sms`` SMs and the rest."""
+    from cuda.bindings import driver
+
+    total = resource.sm.smCount
     if not 0 < sms < total:
-        raise InputError("sms", f"{sms} of the {total} SMs of this GPU leave nothing to split")
-    groups, _, rest = _checked(driver.cuDevSmResourceSplitByCount(1, everything, 0, sms))
+        raise InputError("sms", f"{sms} of the {total} SMs that are left leave nothing to split")
+    groups, _, rest = checked(driver.cuDevSmResourceSplitByCount(1, resource, 0, sms))
     (group,) = groups
     if group.sm.smCount == sms:
-        return _partition(group, handle), _partition(rest, handle)
+        return group, rest
     # The driver rounds a group up; the remainder may still have the very size that was asked for.
-    groups, _, rest = _checked(driver.cuDevSmResourceSplitByCount(1, everything, 0, total - sms))
-    if rest.sm.smCount == sms:
-        return _partition(rest, handle), _partition(groups[0], handle)
-    nearest = sorted({group.sm.smCount, rest.sm.smCount}, key=lambda count: abs(count - sms))
-    raise InputError("sms", f"this GPU cannot give a partition of {sms} SMs; the nearest it can is {nearest[0]}")
+    groups, _, other = checked(driver.cuDevSmResourceSplitByCount(1, resource, 0, total - sms))
+    if other.sm.smCount == sms:
+        return other, groups[0]
+    nearest = min(group.sm.smCount, other.sm.smCount, key=lambda count: abs(count - sms))
+    raise InputError("sms", f"this GPU cannot give a partition of {sms} SMs; the nearest it can is {nearest}")
 
 
 def _partition(resource: Any, device: Any) -> SmPartition:
     from cuda.bindings import driver
 
-    description = _checked(driver.cuDevResourceGenerateDesc([resource], 1))
+    description = checked(driver.cuDevResourceGenerateDesc([resource], 1))
     flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
-    return SmPartition(resource.sm.smCount, _checked(driver.cuGreenCtxCreate(description, device, flags)))
-
-
-def _checked(result: tuple[Any, ...]) -> Any:
-    status, *values = result
-    if int(status):
-        raise PartitionError(f"the CUDA driver answered {status.name}")
-    return values[0] if len(values) == 1 else values
+    return SmPartition(resource.sm.smCount, checked(driver.cuGreenCtxCreate(description, device, flags)))

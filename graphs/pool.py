@@ -1,0 +1,48 @@
+"""GraphPool: a few captured graphs that together serve every size of batch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+
+from nf.graphs.capture import Graph
+
+SMALLEST = 16  # tokens
+
+
+def capacities(dense_batch_size: int) -> tuple[int, ...]:
+    """Sizes to capture graphs for, the dense batch size last.
+
+    A graph serves any smaller batch with work proportional to its tokens, but its GEMMs' tiles were chosen for the
+    size it was captured for. Powers of two, and from 256 tokens on also the sizes halfway between.
+    """
+    sizes = set()
+    size = SMALLEST
+    while size < dense_batch_size:
+        sizes.add(size)
+        if size >= 256:
+            sizes.add(size * 3 // 2)
+        size *= 2
+    return (*sorted(size for size in sizes if size < dense_batch_size), dense_batch_size)
+
+
+class GraphPool:
+    """Graphs by the number of tokens they serve at most."""
+
+    def __init__(self, graphs: Mapping[int, Graph]) -> None:
+        self._capacities = sorted(graphs)
+        self._graphs = dict(graphs)
+
+    def for_tokens(self, tokens: int) -> Graph:
+        """The smallest graph that serves a batch of ``tokens``, which must be at most the dense batch size."""
+        return self._graphs[self._capacities[bisect_left(self._capacities, tokens)]]
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def free(self) -> None:
+        """Destroy all graphs; none may be running."""
+        for graph in self._graphs.values():
+            graph.free()
+        self._graphs.clear()
+        self._capacities.clear()
