@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nf.errors import InputError, shown
 from nf.request import Request
-from nf.sampling_params import SamplingParams
+from nf.sampling_params import MAX_BAD_WORD_TOKENS, MAX_STOP_TOKENS, SamplingParams
 
 NO_TOKENIZER = "needs a tokenizer, but this engine was made with skip_tokenizer_init=True"
 
@@ -74,6 +74,16 @@ class Limits:
         for name in ("stop", "bad_words"):
             if getattr(params, name) and not self.has_tokenizer:
                 raise InputError(f"{params_field}{name}", NO_TOKENIZER)
+        num_tokens = sum(map(len, request.bad_words))
+        if num_tokens > MAX_BAD_WORD_TOKENS:
+            raise InputError(
+                f"{params_field}bad_words", f"are {num_tokens} tokens; at most {MAX_BAD_WORD_TOKENS} are accepted"
+            )
+        if len(request.stop_token_ids) > MAX_STOP_TOKENS:
+            raise InputError(
+                f"{params_field}stop_token_ids",
+                f"are {len(request.stop_token_ids)} with the model's own; at most {MAX_STOP_TOKENS} are accepted",
+            )
         if params.allowed_token_ids is not None:
             early = set(params.allowed_token_ids) - {word[0] for word in request.bad_words if len(word) == 1}
             if params.min_tokens:

@@ -16,6 +16,8 @@ MAX_STOP_STRING_CHARS = 1024
 MAX_TOKEN_LIST = 1024  # of stop_token_ids and of allowed_token_ids
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 128
+MAX_BAD_WORD_TOKENS = 4096  # of all bad words together, in all their spellings
+MAX_STOP_TOKENS = 2 * MAX_TOKEN_LIST  # of stop_token_ids and the model's own end tokens together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
