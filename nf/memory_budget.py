@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nf.config import EngineConfig, ModelConfig
 from nf.errors import InputError
+from nf.models.buffers import row_widths
 from nf.models.declaration import Model
 from nf.models.operations import Rows
 
@@ -120,7 +121,7 @@ def recompute_bytes_per_token(model: Model, dense_batch_size: int) -> float:
     Decode attention is left out: recomputed tokens are prefill. The KV of earlier tokens, which prefill attention also
     reads, is left out too; it is shared by a chunk's tokens and small beside the rest.
     """
-    widths = _row_widths(model.config)
+    widths = row_widths(model.config)
     rows = sum(
         widths[buffer]
         for operation in model.operations
@@ -132,21 +133,6 @@ def recompute_bytes_per_token(model: Model, dense_batch_size: int) -> float:
 
 def _layer_weight_bytes(model: Model) -> int:
     return CPU_VALUE_BYTES * sum(math.prod(weight.shape) for weight in model.layer_weights)
-
-
-def _row_widths(config: ModelConfig) -> dict[str, int]:
-    """Values per token in each buffer that operations name."""
-    heads = config.num_heads * config.head_dim
-    return {
-        "hidden": config.hidden_size,
-        "normed": config.hidden_size,
-        "qkv": config.qkv_size,
-        "q": heads,
-        "kv": 2 * config.num_kv_heads * config.head_dim,
-        "attn": heads,
-        "routing": 2 * config.experts_per_token,
-        "activated": config.intermediate_size * max(1, config.experts_per_token),
-    }
 
 
 def free_ram() -> int:

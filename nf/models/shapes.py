@@ -81,6 +81,15 @@ SHAPES: Mapping[str, ModelConfig] = MappingProxyType(
             bos_token_id=1,
             eos_token_ids=(2,),
         ),
+        "llama-3.1-405b": replace(  # meta-llama/Llama-3.1-405B
+            _LLAMA_3_8B,
+            hidden_size=16_384,
+            intermediate_size=53_248,
+            num_layers=126,
+            num_heads=128,
+            max_position_embeddings=131_072,
+            rope=RopeConfig(500_000.0, "llama3", 8.0),
+        ),
         "mistral-7b": _MISTRAL_7B,
         "mixtral-8x7b": replace(  # mistralai/Mixtral-8x7B-v0.1
             _MISTRAL_7B, architecture="MixtralForCausalLM", vocab_size=32_000, num_experts=8, experts_per_token=2

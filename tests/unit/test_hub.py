@@ -81,6 +81,8 @@ def test_only_what_is_read_is_downloaded(tmp_path: Path, monkeypatch: pytest.Mon
             "model.safetensors.index.json",
         ]
     }
+    resolve_model("org/name", config_only=True)
+    assert asked == {"org/name": ["config.json"]}
 
 
 def offline(home: Path, name: str) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,7 @@ PUBLISHED = {  # parameters, as the hub counts them in the safetensors files
     "llama-3-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
     "llama-2-70b": 68_976_648_192,
+    "llama-3.1-405b": 405_853_388_800,
     "mistral-7b": 7_248_023_552,
     "mixtral-8x7b": 46_702_792_704,
     "qwen2-7b": 7_615_616_512,
