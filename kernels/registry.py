@@ -20,6 +20,7 @@ MODULES = (
     "copies",
     "sampling",
     "stream_read",
+    "random_fill",
 )
 """Modules of this package with a function ``sources() -> list[KernelSource]``."""
 

@@ -117,7 +117,7 @@ def load_weights(model: Model, model_dir: Path, dtype: np.dtype[Any]) -> ModelWe
     return ModelWeights(
         embed=embed,
         final_norm=read_weight(checkpoint, model.final_norm, dtype),
-        lm_head=embed if _tied(model) else read_weight(checkpoint, model.lm_head, dtype),
+        lm_head=embed if is_tied(model) else read_weight(checkpoint, model.lm_head, dtype),
         layers=tuple(
             {weight.name: read_weight(checkpoint, weight, dtype, layer) for weight in model.layer_weights}
             for layer in range(model.config.num_layers)
@@ -212,7 +212,7 @@ def _dtype(name: str, entry: TensorEntry) -> np.dtype[Any]:
     return DTYPES[entry.dtype]
 
 
-def _tied(model: Model) -> bool:
+def is_tied(model: Model) -> bool:
     return model.lm_head.parts == model.embed.parts
 
 
@@ -221,7 +221,7 @@ def _check_tied(model: Model, checkpoint: Checkpoint) -> None:
 
     transformers 4 would take the embedding, transformers 5 the lm_head: where they differ, the owner has to say.
     """
-    if not _tied(model) or LM_HEAD not in checkpoint.entries:
+    if not is_tied(model) or LM_HEAD not in checkpoint.entries:
         return
     embed, lm_head = checkpoint.tensor(model.embed.parts[0]), checkpoint.tensor(LM_HEAD)
     slices = (slice(row, row + 4096) for row in range(0, len(embed), 4096))  # array_equal makes a mask of its size
