@@ -11,15 +11,18 @@ from numpy.typing import DTypeLike, NDArray
 
 ALIGNMENT = 128  # bytes; no two arrays share a cache line
 
+ArrayShape = tuple[str, DTypeLike, tuple[int, ...]]
+"""Name, dtype and shape of an array."""
+
 
 class ArrayLayout:
     """Where each array begins in the block.
 
     Args:
-        arrays: name, dtype and shape of each, in order.
+        arrays: in order.
     """
 
-    def __init__(self, arrays: Sequence[tuple[str, DTypeLike, tuple[int, ...]]]) -> None:
+    def __init__(self, arrays: Sequence[ArrayShape]) -> None:
         self._arrays = [(name, np.dtype(dtype), shape) for name, dtype, shape in arrays]
         self.offsets: dict[str, int] = {}
         self.sizes: dict[str, int] = {}  # bytes of each array

@@ -20,9 +20,9 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from nf.executors.array_layout import ArrayLayout, aligned
+from nf.executors.array_layout import ArrayLayout, ArrayShape, aligned
 from nf.kernels.device import DeviceMemory, Event, PinnedMemory, copy
 from nf.kernels.sampling import SamplingArrays
 from nf.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOKEN_LIST
@@ -41,8 +41,6 @@ COUNTS = (
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTS = ("rows", "slots", "positions", "prompt_lens", "top_k", "sample_index", "logprobs")
 _INDPTRS = ("bias_indptr", "allowed_indptr", "bad_words_indptr")
-
-Arrays = list[tuple[str, DTypeLike, tuple[int, ...]]]
 
 
 class StepInputs:
@@ -101,7 +99,8 @@ class StepInputs:
     def upload(self, batch: Batch, stream: int) -> None:
         """Enqueue copies of a step's arrays; what is beyond their ends is left as it was.
 
-        Waits only if the copies of the step RING before are still to be done.
+        The step before must have been read by then, so ``stream`` is the one it ran on. Waits only if the copies of the
+        step RING before are still to be done.
         """
         staging = self._ring[self._next]
         self._next = (self._next + 1) % RING
@@ -168,7 +167,7 @@ class _Staging:
         self.copied.free()
 
 
-def _usual_arrays(num_counts: int, dense_batch_size: int, max_num_seqs: int, max_pages: int) -> Arrays:
+def _usual_arrays(num_counts: int, dense_batch_size: int, max_num_seqs: int, max_pages: int) -> list[ArrayShape]:
     """What every step has: the counts first and the page table, of which only a part is copied, last."""
     tokens, seqs, ends = (dense_batch_size,), (max_num_seqs,), (max_num_seqs + 1,)
     return [
@@ -184,7 +183,7 @@ def _usual_arrays(num_counts: int, dense_batch_size: int, max_num_seqs: int, max
     ]
 
 
-def _extra_arrays(dense_batch_size: int, max_num_seqs: int, num_host_pages: int) -> Arrays:
+def _extra_arrays(dense_batch_size: int, max_num_seqs: int, num_host_pages: int) -> list[ArrayShape]:
     """What few steps have."""
     biases, words = max_num_seqs * MAX_BIASES, max_num_seqs * MAX_BAD_WORDS * SPELLINGS
     return [

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from nf.executors.array_layout import ArrayLayout
+from nf.executors.array_layout import ArrayLayout, ArrayShape
 from nf.executors.base import StepResult, TopLogprobs
 from nf.kernels.device import DeviceMemory, Event, PinnedMemory, copy
 from nf.kernels.sampling import MAX_LOGPROBS, LogprobArrays
@@ -143,7 +143,7 @@ class _Landing:
         self.landed.free()
 
 
-def _logprob_arrays(rows: int) -> list[tuple[str, DTypeLike, tuple[int, ...]]]:
+def _logprob_arrays(rows: int) -> list[ArrayShape]:
     return [
         ("logprobs", np.float32, (rows,)),
         ("ranks", np.int32, (rows,)),
