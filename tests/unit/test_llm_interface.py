@@ -401,6 +401,7 @@ WRONG_PARAMS = [
     ({"stop_token_ids": [1, 257]}, r"^stop_token_ids: token id 257 is not in \[0, 257\)"),
     ({"allowed_token_ids": [300]}, r"^allowed_token_ids: token id 300"),
     ({"logit_bias": {257: 1.0}}, r"^logit_bias: token id 257"),
+    ({"bad_words": [f"{i:04}" * 8 for i in range(64)]}, "^bad_words: are 4160 tokens; at most 4096 are accepted"),
     ({"max_tokens": None, "min_tokens": 64}, "^min_tokens: 64 exceeds the 63 tokens left"),
     ({"allowed_token_ids": [EOS], "min_tokens": 2}, "^allowed_token_ids: leaves no token"),
     ({"allowed_token_ids": [65], "bad_words": ["A"]}, "^allowed_token_ids: leaves no token"),
