@@ -142,7 +142,7 @@ class PinnedMemory:
         self.num_bytes = num_bytes
         self.pointer = int(checked(driver.cuMemHostAlloc(max(1, num_bytes), 0)))
         buffer = (ctypes.c_uint8 * num_bytes).from_address(self.pointer)
-        self.array: NDArray[np.uint8] = np.frombuffer(buffer, np.uint8)
+        self.array: NDArray[np.uint8] = np.ctypeslib.as_array(buffer)
 
     def free(self) -> None:
         """Give the bytes back; idempotent. No copy may be under way, and views of ``array`` become invalid."""
@@ -196,6 +196,13 @@ class Event:
         from cuda.bindings import driver
 
         checked(driver.cuEventRecord(self.handle, stream))
+
+    def record_in_graph(self, stream: int) -> None:
+        """While ``stream`` is captured: have every replay of the graph mark this point, for the host to read."""
+        from cuda.bindings import driver
+
+        flags = driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
+        checked(driver.cuEventRecordWithFlags(self.handle, stream, int(flags.value)))
 
     def synchronize(self) -> None:
         """Wait for it; other threads of this process run meanwhile."""

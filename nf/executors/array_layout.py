@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-ALIGNMENT = 128  # bytes; no two arrays share a cache line
+ALIGNMENT = 256  # bytes, as workspaces of kernels want it; no two arrays share a cache line either
 
 ArrayShape = tuple[str, DTypeLike, tuple[int, ...]]
 """Name, dtype and shape of an array."""

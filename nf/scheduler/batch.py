@@ -8,7 +8,8 @@ launched before the host knows it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,3 +91,22 @@ class Batch:
     @property
     def num_seqs(self) -> int:
         return len(self.slots)
+
+
+def without_sampling(batch: Batch) -> Batch:
+    """The same step, but nothing is sampled and no log-probability is asked for."""
+    return replace(batch, sampling=_empty(SamplingBatch), prompt_logprobs=_empty(PromptLogprobsBatch))
+
+
+_Part = TypeVar("_Part", SamplingBatch, PromptLogprobsBatch)
+
+
+def _empty(kind: type[_Part]) -> _Part:
+    """No rows: every list is empty, and every list of ends has its first zero."""
+    dtypes = {"Float32": np.float32, "NDArray[np.uint64]": np.uint64}
+    return kind(
+        **{
+            field.name: np.zeros(field.name.endswith("indptr"), dtypes.get(str(field.type), np.int32))
+            for field in fields(kind)
+        }
+    )

@@ -1,0 +1,335 @@
+"""GpuExecutor: a plan's nano-operations as CUDA graphs. One upload, one replay and one download per step.
+
+Graphs are captured at the start, a few for all sizes of batch: the plan's own for full ones, the sequential plan for
+smaller ones, whose nano-batches would be too small to be worth it. Steps run in the order they are submitted, on one
+stream; a thread waits for their results, so that the next step is enqueued long before one ends.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf.errors import EngineError, ModelError
+from nf.executors.base import StepHandle
+from nf.executors.gpu_buffers import Buffers, Sizes, buffer_layout
+from nf.executors.gpu_inputs import StepInputs
+from nf.executors.gpu_layers import OPERATIONS, LayerKernels, Layers, Memory
+from nf.executors.gpu_outputs import PendingResult, StepOutputs
+from nf.executors.gpu_pages import KvPages
+from nf.executors.gpu_trace import capture_traced
+from nf.executors.gpu_weights import DeviceWeights
+from nf.executors.rope import rotary_table
+from nf.executors.trace import Span
+from nf.graphs.capture import Graph, capture
+from nf.graphs.partition import Lane, lanes
+from nf.graphs.plan import PipelinePlan, sequential_plan, unroll, validate
+from nf.graphs.pool import GraphPool, capacities
+from nf.kernels.device import Device, DeviceMemory, Event, Stream
+from nf.kernels.registry import all_sources, artifacts
+from nf.kernels.rope_append import rotary_pairs
+from nf.models.declaration import Model
+from nf.scheduler.batch import Batch, Int32, without_sampling
+
+Float32 = NDArray[np.float32]
+
+TIMED_STEPS = 8  # more than are ever in flight
+RESERVED_BYTES = 1 << 30  # of device memory: loaded kernels, graphs, the context, what allocations are rounded up to
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """What the GPU did with its time since the executor was made, seconds.
+
+    Args:
+        busy: between the first and the last kernel of a step.
+        idle: between the last kernel of a step and the first of the next; waiting for requests counts as well.
+    """
+
+    busy: float = 0.0
+    idle: float = 0.0
+
+
+class GpuExecutor:
+    """Runs steps on one GPU, in bf16 with fp32 accumulation.
+
+    Args:
+        model: what to run.
+        weights: on the device; the executor frees them.
+        plan: of the nano-operations; its ``dense_batch_size`` bounds the tokens of a step.
+        device: where to run.
+        page_size: tokens per KV page.
+        num_pages, num_host_pages: of the KV cache and of its swap space in pinned host memory.
+        max_num_seqs: slots of the token buffer, and most tokens a step samples.
+        max_model_len: tokens of a sequence.
+
+    Raises:
+        PlanError: the plan does not fit the model or the GPU.
+        ModelError: the model has an operation this executor does not know.
+        DeviceMemoryError: the GPU has not enough memory free; nothing stays allocated.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        weights: DeviceWeights,
+        plan: PipelinePlan,
+        *,
+        device: Device,
+        page_size: int,
+        num_pages: int,
+        num_host_pages: int,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        for operation in model.operations:
+            if operation.name not in OPERATIONS:
+                raise ModelError("operations", f"{operation.name!r} is not one of {', '.join(OPERATIONS)}")
+        validate(plan, model.operations, gpu_sms=device.sms)
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.num_host_pages = num_host_pages
+        self.times = StepTimes()
+        self.startup: dict[str, float] = {}
+        self._config = model.config
+        self._model = model
+        self._device = device
+        self._sizes = Sizes(plan.dense_batch_size, max_num_seqs, max_model_len, page_size)
+        self._plans = step_plans(model, plan)
+        self._failure: BaseException | None = None
+        self._closed = False
+        with ExitStack() as undo:
+            undo.callback(weights.free)
+            self._allocate(weights, num_pages, num_host_pages, undo)
+            self._capture(undo)
+            self._undo = undo.pop_all()
+        self._results: queue.SimpleQueue[tuple[PendingResult, int, StepHandle] | None] = queue.SimpleQueue()
+        self._collector = threading.Thread(target=self._collect, name="nf-gpu-executor", daemon=True)
+        self._collector.start()
+
+    def submit(self, batch: Batch) -> StepHandle:
+        """Enqueue one step and return at once. A failure is delivered by the handle, and by every later one.
+
+        Raises:
+            EngineError: the executor is closed.
+        """
+        if self._closed:
+            raise EngineError("the executor is closed")
+        handle: StepHandle = Future()
+        try:
+            if self._failure is not None:
+                raise self._failure
+            self._device.use()
+            timed = self._submitted % TIMED_STEPS
+            pending = self._enqueue(batch, self._timers[timed])
+            self._submitted += 1
+            self._results.put((pending, timed, handle))
+        except Exception as error:
+            self._failure = error
+            handle.set_exception(error)
+        return handle
+
+    def logits(self, batch: Batch, rows: Int32) -> Float32:
+        """Run a step without sampling and return the logits of some rows, float32 [len(rows), vocab_size].
+
+        Raises:
+            EngineError: the executor is closed.
+        """
+        self.submit(without_sampling(batch)).result()
+        self._device.use()
+        stream, block = self._stream.handle, self._sizes.max_num_seqs
+        found = np.empty((len(rows), self._config.vocab_size), np.float32)
+        buffers = self._memory.buffers
+        for start in range(0, len(rows), block):
+            part = rows[start : start + block].astype(np.int32)
+            buffers.memory.upload(part, buffers.offsets["row_list"])
+            buffers.memory.upload(np.array([len(part)], np.int32), buffers.offsets["row_count"])
+            self._layers.logits(
+                rows=buffers["row_list"], count=buffers["row_count"], capacity=block, stream=stream, pdl=False
+            )
+            self._stream.synchronize()
+            buffers.memory.download(found[start : start + len(part)], buffers.offsets["logits"])
+        return found
+
+    def trace(self, batch: Batch) -> list[Span]:
+        """Run a step without sampling its tokens for good, and time every nano-operation; see ``Traceable``."""
+        self._device.use()
+        plan = next(plan for plan in self._plans if plan.dense_batch_size >= batch.num_tokens)
+        self._stream.synchronize()
+        self._memory.inputs.upload(without_sampling(batch), self._stream.handle)
+        return capture_traced(
+            Layers(self._model, plan, self._kernels, self._memory, self._sizes, self._device.sms),
+            unroll(plan, self._model.operations, self._config.num_layers),
+            self._lanes(plan),
+            self._stream,
+        )
+
+    def close(self) -> None:
+        """Finish what was submitted, free everything; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._results.put(None)
+        self._collector.join()
+        self._device.use()
+        self._undo.close()
+
+    # ---- start ----
+
+    def _allocate(self, weights: DeviceWeights, num_pages: int, num_host_pages: int, undo: ExitStack) -> None:
+        config, sizes, sms = self._config, self._sizes, self._device.sms
+        started = time.perf_counter()
+        compiled = artifacts(all_sources(), self._device.arch)
+        self._stream = Stream()
+        undo.callback(self._stream.free)
+        self._pages = KvPages(
+            config,
+            device=self._device,
+            page_size=self.page_size,
+            num_pages=num_pages,
+            num_host_pages=num_host_pages,
+        )
+        undo.callback(self._pages.free)
+        self._kernels = LayerKernels(compiled, self._model, sizes, page_bytes=self._pages.page_bytes, sms=sms)
+        self.startup["kernels"] = time.perf_counter() - started
+        buffers = Buffers(buffer_layout(config, sizes, self._plans, sms))
+        undo.callback(buffers.free)
+        ranges = [part for plan in self._plans for part in plan.nano_batches]
+        inputs = StepInputs(
+            dense_batch_size=sizes.dense_batch_size,
+            max_num_seqs=sizes.max_num_seqs,
+            max_model_len=sizes.max_model_len,
+            page_size=self.page_size,
+            num_host_pages=num_host_pages,
+            ranges=ranges,
+        )
+        undo.callback(inputs.free)
+        outputs = StepOutputs(
+            max_num_seqs=sizes.max_num_seqs, dense_batch_size=sizes.dense_batch_size, vocab_size=config.vocab_size
+        )
+        undo.callback(outputs.free)
+        sampler = DeviceMemory(self._kernels.sampler.workspace_bytes, "workspaces of sampling").zero()
+        undo.callback(sampler.free)
+        self._timers = [(Event(timing=True), Event(timing=True)) for _ in range(TIMED_STEPS)]
+        for event in (event for pair in self._timers for event in pair):
+            undo.callback(event.free)
+        self._submitted = 0
+        rotary = rotary_pairs(*rotary_table(config.rope, config.head_dim, sizes.tokens_stride))
+        buffers.memory.upload(rotary, buffers.offsets["rotary"])
+        buffers.memory.upload(np.array([sizes.max_num_seqs], np.int32), buffers.offsets["row_capacity"])
+        self._memory = Memory(
+            weights, buffers, inputs, outputs, self._pages.pointer, self._pages.layer_bytes, sampler.pointer
+        )
+
+    def _capture(self, undo: ExitStack) -> None:
+        started = time.perf_counter()
+        stream = self._stream.handle
+        graphs: dict[int, Graph] = {}
+        undo.callback(lambda: GraphPool(graphs).free())
+        for plan in self._plans:
+            self._layers = Layers(self._model, plan, self._kernels, self._memory, self._sizes, self._device.sms)
+            graph = capture(
+                unroll(plan, self._model.operations, self._config.num_layers),
+                self._lanes(plan),
+                stream,
+                begin=self._layers.begin,
+                launch=self._layers.launch,
+                finish=self._layers.finish,
+            )
+            graphs[plan.dense_batch_size] = graph
+            graph.upload(stream)
+        self._pool = GraphPool(graphs)
+        self._stream.synchronize()
+        self.startup["capture"] = time.perf_counter() - started
+
+    def _lanes(self, plan: PipelinePlan) -> Sequence[Lane]:
+        """A plan with a single stream over all SMs runs on the stream that graphs are launched on."""
+        if len(plan.streams) == 1 and plan.streams[0].sms == "all":
+            return (Lane(plan.streams[0].name, self._stream.handle, self._device.sms),)
+        return lanes(plan.streams, self._device.sms)
+
+    # ---- steps ----
+
+    def _enqueue(self, batch: Batch, timer: tuple[Event, Event]) -> PendingResult:
+        assert batch.num_tokens <= self._sizes.dense_batch_size
+        stream = self._stream.handle
+        self._memory.inputs.upload(batch, stream)
+        self._pages.move(batch, self._kernels.page_copy, self._memory.inputs.pointers, self._device.sms, stream)
+        timer[0].record(stream)
+        if batch.num_tokens:
+            self._pool.for_tokens(batch.num_tokens).launch(stream)
+        timer[1].record(stream)
+        self._prompt_logprobs(len(batch.prompt_logprobs.rows), stream)
+        return self._memory.outputs.download(batch, stream)
+
+    def _prompt_logprobs(self, rows: int, stream: int) -> None:
+        """Log-probabilities of prompt tokens, as many rows at a time as there is room for logits."""
+        inputs, block = self._memory.inputs.pointers, self._sizes.max_num_seqs
+        if not rows:
+            return
+        for start in range(0, rows, block):
+            stop = min(start + block, self._sizes.dense_batch_size)
+            self._layers.logits(
+                rows=inputs["prompt_logprobs.rows"] + 4 * start,
+                count=self._memory.buffers["row_capacity"],  # rows without a target cost little and harm none
+                capacity=stop - start,
+                stream=stream,
+                pdl=False,
+            )
+            self._kernels.prompt_logprobs(
+                logits=self._memory.buffers["logits"],
+                stride=self._config.vocab_size,
+                count=inputs["num_prompt_logprobs"],
+                start=start,
+                stop=stop,
+                targets=inputs["prompt_logprobs.targets"],
+                wanted=inputs["prompt_logprobs.logprobs"],
+                logprobs=self._memory.outputs.prompt_logprobs,
+                sms=self._device.sms,
+                stream=stream,
+            )
+
+    def _collect(self) -> None:
+        """On a thread of its own: complete the handles of steps as their results arrive."""
+        self._device.use()
+        before: Event | None = None
+        while (item := self._results.get()) is not None:
+            pending, timed, handle = item
+            try:
+                result = pending.result()
+                start, end = self._timers[timed]
+                self.times.busy += end.since(start)
+                if before is not None:
+                    self.times.idle += start.since(before)
+                before = end
+            except Exception as error:
+                self._failure = self._failure or error
+                handle.set_exception(error)
+            else:
+                handle.set_result(result)
+
+
+def step_plans(model: Model, plan: PipelinePlan) -> tuple[PipelinePlan, ...]:
+    """The plans that graphs are captured of, smallest first: ``plan`` itself is for the largest batches."""
+    *smaller, _ = capacities(plan.dense_batch_size)
+    return (*(sequential_plan(model.operations, size) for size in smaller), plan)
+
+
+def workspace_bytes(
+    model: Model, plan: PipelinePlan, *, max_num_seqs: int, max_model_len: int, page_size: int, sms: int
+) -> int:
+    """Device memory that an executor takes beside weights and KV pages, a little more rather than less."""
+    sizes = Sizes(plan.dense_batch_size, max_num_seqs, max_model_len, page_size)
+    buffers = buffer_layout(model.config, sizes, step_plans(model, plan), sms).num_bytes
+    edited_rows = 2 * sms * model.config.vocab_size * 4  # of sampling
+    pages = max_num_seqs * -(-max_model_len // page_size)
+    inputs = 4 * pages + max_num_seqs * (64 << 10)
+    return buffers + edited_rows + inputs + RESERVED_BYTES

@@ -1,0 +1,55 @@
+"""A step on the GPU with every nano-operation timed: a graph of its own, with events between the launches.
+
+The events keep a kernel from starting before the one before it has ended, so a traced step takes a little longer than
+the same step untraced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nf.executors.gpu_layers import Layers
+from nf.executors.trace import Span
+from nf.graphs.capture import capture
+from nf.graphs.partition import Lane
+from nf.graphs.plan import LayerStep
+from nf.kernels.device import Event, Stream
+
+
+def capture_traced(layers: Layers, steps: Sequence[LayerStep], lanes: Sequence[Lane], stream: Stream) -> list[Span]:
+    """Replay the step whose inputs are on the device, and say when each nano-operation ran."""
+    marks: list[tuple[str, str, Event, Event]] = []
+
+    def timed(lane: str, name: str, on: int) -> Event:
+        start, end = Event(timing=True), Event(timing=True)
+        start.record_in_graph(on)
+        marks.append((lane, name, start, end))
+        return end
+
+    def begin(on: int) -> None:
+        end = timed("step", "embed and plan", on)
+        layers.begin(on)
+        end.record_in_graph(on)
+
+    def launch(step: LayerStep, lane: Lane, _pdl: bool) -> None:
+        name = f"{step.operation.name} [{step.start}, {step.stop}) layer {step.layer}"
+        end = timed(lane.name, name, lane.stream)
+        layers.launch(step, lane, False)
+        end.record_in_graph(lane.stream)
+
+    def finish(on: int) -> None:
+        end = timed("step", "logits and sampling", on)
+        layers.finish(on)
+        end.record_in_graph(on)
+
+    graph = capture(steps, lanes, stream.handle, begin=begin, launch=launch, finish=finish)
+    for _ in range(2):  # the first replay moves the graph to the device
+        graph.launch(stream.handle)
+        stream.synchronize()
+    first = marks[0][2]
+    spans = [Span(lane, name, start.since(first) * 1e6, end.since(start) * 1e6) for lane, name, start, end in marks]
+    graph.free()
+    for _, _, start, end in marks:
+        start.free()
+        end.free()
+    return spans
