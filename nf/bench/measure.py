@@ -7,11 +7,11 @@ count. Energy is the card's own counter, all of the card included.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from nf.bench.card import energy
 
 WARM_SECONDS = 0.4
 RUN_SECONDS = 0.5
@@ -79,28 +79,3 @@ def _replay(graph: Any, stream: Any, count: int) -> float:
     end.record(stream)
     end.synchronize()
     return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3 / count
-
-
-def energy() -> float:
-    """Joules the current GPU has used since the driver was loaded; NaN if it does not tell."""
-    nvml, device = _nvml()
-    millijoules = ctypes.c_ulonglong()
-    if nvml is None or nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules)):
-        return float("nan")
-    return millijoules.value / 1e3
-
-
-@functools.cache
-def _nvml() -> tuple[Any, ctypes.c_void_p]:
-    """NVML and its handle of the current device, found by PCI address: the two libraries number devices differently."""
-    import cupy
-
-    device = ctypes.c_void_p()
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None, device
-    address = cupy.cuda.Device().pci_bus_id.encode()
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByPciBusId_v2(address, ctypes.byref(device)):
-        return None, device
-    return nvml, device

@@ -1,4 +1,4 @@
-"""``nf bench``: measure the kernels on this machine's GPU."""
+"""``nf bench``: measure the engine and the kernels on this machine."""
 
 from __future__ import annotations
 
@@ -7,13 +7,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nf.cli import bench_engine
+from nf.cli.parser import add_common_options
+
 _DESCRIPTION = """\
+Measure the whole engine (throughput, latency) or the GPU kernels alone (kernels).
+"""
+
+_EXAMPLES = """\
+examples:
+  nf bench throughput                           the bundled model
+  nf bench latency ./llama --request-rate 1 2 4 8
+  nf bench kernels --only gemm --output gemm.json
+"""
+
+_KERNELS_DESCRIPTION = """\
 Measure every kernel against a reference in the same run, at steady state: clocks settled, buffers
 larger than the cache, random data, and the card's own energy counter. A score is the kernel's speed
 over the reference's.
 """
 
-_EXAMPLES = """\
+_KERNELS_EXAMPLES = """\
 examples:
   nf bench kernels                              all of them
   nf bench kernels --only gemm --output gemm.json
@@ -21,21 +35,31 @@ examples:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add ``bench`` with its command ``kernels``."""
-    parser = subparsers.add_parser("bench", help="measure kernels", description=_DESCRIPTION, epilog=_EXAMPLES)
+    """Add ``bench`` with its commands ``throughput``, ``latency`` and ``kernels``."""
+    parser = subparsers.add_parser(
+        "bench", help="measure throughput, latency, kernels", description=_DESCRIPTION, epilog=_EXAMPLES
+    )
     commands = parser.add_subparsers(dest="bench_command", metavar="COMMAND", title="commands", required=True)
+    bench_engine.add_parsers(commands)
     kernels = commands.add_parser(
-        "kernels", help="every kernel against a reference", description=_DESCRIPTION, epilog=_EXAMPLES
+        "kernels", help="every kernel against a reference", description=_KERNELS_DESCRIPTION, epilog=_KERNELS_EXAMPLES
     )
     kernels.add_argument(
         "--only", action="append", default=[], metavar="NAME",
         help="gemm, moe, decode_attention, prefill_attention, memory or sampling; may be repeated",
     )  # fmt: skip
     kernels.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the rows as JSON as well")
+    for command in commands.choices.values():
+        add_common_options(command)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure; 0 when all was measured, whatever the figures say."""
+    commands = {"throughput": bench_engine.throughput, "latency": bench_engine.latency, "kernels": _kernels}
+    return commands[args.bench_command](args)
+
+
+def _kernels(args: argparse.Namespace) -> int:
     from nf.bench.kernels import CASES, line, run, write
     from nf.cli.info import gpu_devices
     from nf.errors import InputError, NfError

@@ -49,7 +49,7 @@ class CommandParser(argparse.ArgumentParser):
         """As parse_args, but an unknown option is answered with the nearest ones of its own command."""
         parsed, unknown = self.parse_known_args(argv)
         if unknown:
-            command = self._command(getattr(parsed, "command", None))
+            command = self._command(parsed)
             command.error(f"{unknown[0]}: unknown {_kind(unknown[0])}{command.suggest(unknown[0])}")
         return parsed
 
@@ -59,12 +59,13 @@ class CommandParser(argparse.ArgumentParser):
         near = difflib.get_close_matches(option.split("=")[0], known, n=2, cutoff=0.75)
         return f"; did you mean {' or '.join(near)}?" if near else ""
 
-    def _command(self, name: str | None) -> CommandParser:
+    def _command(self, parsed: argparse.Namespace) -> CommandParser:
+        """The innermost command that was named."""
         for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction) and name in action.choices:
-                found = action.choices[name]
-                assert isinstance(found, CommandParser)
-                return found
+            if isinstance(action, argparse._SubParsersAction):
+                found = action.choices.get(getattr(parsed, action.dest, None) or "")
+                if isinstance(found, CommandParser):
+                    return found._command(parsed)
         return self
 
 

@@ -23,6 +23,7 @@ from nf.executors.cpu_step import Step
 from nf.executors.cpu_weights import prepare
 from nf.executors.rope import rotary_table
 from nf.executors.row_versions import RowVersions
+from nf.executors.trace import Span, SpanRecorder
 from nf.graphs.plan import LayerStep, PipelinePlan, unroll, validate
 from nf.models.declaration import Model, ModelWeights
 from nf.models.operations import Rows
@@ -80,6 +81,7 @@ class CpuExecutor:
         self.num_host_pages = num_host_pages
         self._config = config
         self._steps = unroll(plan, model.operations, config.num_layers)
+        self._streams = tuple(stream.name for stream in plan.streams)
         self._interleave = interleave
         self._dense_batch_size = plan.dense_batch_size
         self._weights = prepare(weights)
@@ -110,6 +112,20 @@ class CpuExecutor:
         """
         return self._enqueue(lambda: self._logits(self._forward(batch), rows)).result()
 
+    def trace(self, batch: Batch) -> list[Span]:
+        """Run a step once more and time it, nano-operation by nano-operation; what the step writes is written again.
+
+        Raises:
+            EngineError: the executor is closed.
+        """
+
+        def timed() -> list[Span]:
+            recorder = SpanRecorder()
+            self._run(batch, recorder)
+            return recorder.spans
+
+        return self._enqueue(timed).result()
+
     def close(self) -> None:
         """Finish what was submitted, free everything; idempotent."""
         if self._closed:
@@ -134,8 +150,8 @@ class CpuExecutor:
             self._failure = error
             raise
 
-    def _run(self, batch: Batch) -> StepResult:
-        hidden = self._forward(batch)
+    def _run(self, batch: Batch, recorder: SpanRecorder | None = None) -> StepResult:
+        hidden = self._forward(batch, recorder)
         prompt_logprobs = self._prompt_logprobs(hidden, batch.prompt_logprobs)
         sampling = batch.sampling
         rows, row_of = np.unique(sampling.rows, return_inverse=True)  # n > 1 repeats a row
@@ -145,9 +161,11 @@ class CpuExecutor:
         logprobs = None
         if (sampling.logprobs >= 0).any():
             logprobs = top_logprobs(logits, np.maximum(token_ids, 0), int(sampling.logprobs.max()))
+        if recorder is not None:
+            recorder.ended(self._streams[0], "sampling")
         return StepResult(token_ids, logprobs, prompt_logprobs)
 
-    def _forward(self, batch: Batch) -> Float32:
+    def _forward(self, batch: Batch, recorder: SpanRecorder | None = None) -> Float32:
         """Everything up to the last layer's output, [tokens, hidden_size]; the rows are valid until the next step."""
         assert batch.num_tokens <= self._dense_batch_size
         self._cache.move_pages(batch)
@@ -158,11 +176,16 @@ class CpuExecutor:
         hidden[...] = self._weights.embed[self._tokens[batch.token_slots, batch.positions]]
         step = Step(batch, self._shape, self._rotary)
         self._versions.begin(batch.num_tokens, batch.num_decode, step.first_row_of)
+        if recorder is not None:
+            recorder.ended(self._streams[0], "embed")
         for layer_step in self._order():
             start, stop = _clip(layer_step, step)
             if start < stop:
                 self._versions.run(layer_step, start, stop)
                 OPERATIONS[layer_step.operation.name](self._runner, step, layer_step.layer, start, stop)
+                if recorder is not None:
+                    name = f"{layer_step.operation.name} [{start}, {stop}) layer {layer_step.layer}"
+                    recorder.ended(self._streams[layer_step.stream], name)
         self._versions.finish()
         return hidden
 

@@ -1,0 +1,234 @@
+"""``nf bench throughput`` and ``nf bench latency``: the whole engine on lengths that are constant or from a trace."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nf.cli.options import add_engine_options, engine_options, named_by_flag
+from nf.errors import InputError
+
+if TYPE_CHECKING:
+    from nf.bench.engine import Subject
+    from nf.bench.workload import Workload
+
+DEFAULT_MODEL = "nf-tiny"
+
+_THROUGHPUT = """\
+Give the engine all requests at once and see how many tokens per second come of it: over the whole
+run, and over the middle half of the tokens, where it neither fills up nor runs dry. Prompts are
+random token ids, outputs are greedy and run to their full length.
+"""
+
+_THROUGHPUT_EXAMPLES = """\
+examples:
+  nf bench throughput --num-prompts 16 --input-len 64 --output-len 32
+  nf bench throughput ./llama --trace sharegpt.csv --max-total-len 4000 --num-prompts 3000
+  nf bench throughput --random-weights --shape llama-3-8b --input-len 1024 --output-len 512 \\
+      --num-prompts 1024 --max-num-seqs 1024 --json record.json --trace-out step.json
+"""
+
+_LATENCY = """\
+Let requests arrive at random moments, as from many users (a Poisson process), at one rate after the
+other, and see how long they take: end-to-end latency per output token (normalised latency), time to
+first token (TTFT) and time per output token after it (TPOT).
+"""
+
+_LATENCY_EXAMPLES = """\
+examples:
+  nf bench latency --request-rate 1 2 4 8 --num-prompts 32 --input-len 64 --output-len 32
+  nf bench latency ./llama --trace chat.csv --request-rate 5 10 20 --num-prompts 1000 --json out.json
+"""
+
+
+def add_parsers(commands: Any) -> None:
+    """Add ``throughput`` and ``latency``."""
+    throughput = commands.add_parser(
+        "throughput", help="tokens per second", description=_THROUGHPUT, epilog=_THROUGHPUT_EXAMPLES
+    )
+    _add_common(throughput)
+    throughput.add_argument("--num-warmups", type=int, default=8, metavar="N", help="requests before it (default 8)")
+    throughput.add_argument(
+        "--trace-out", type=Path, metavar="FILE", help="write a timeline of one steady step for Perfetto"
+    )
+    latency = commands.add_parser(
+        "latency", help="latency at given request rates", description=_LATENCY, epilog=_LATENCY_EXAMPLES
+    )
+    _add_common(latency)
+    latency.add_argument(
+        "--request-rate", type=float, nargs="+", required=True, metavar="R", help="requests per second, each in turn"
+    )
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL",
+        help=f"a directory, a Hugging Face name, or the bundled {DEFAULT_MODEL} (default)",
+    )  # fmt: skip
+    parser.add_argument("--random-weights", action="store_true", help="draw weights instead of reading them")
+    parser.add_argument("--shape", metavar="NAME", help="well-known shape to draw weights for, e.g. llama-3-8b")
+    group = parser.add_argument_group("requests")
+    group.add_argument("--num-prompts", type=int, default=64, metavar="N", help="how many (default 64)")
+    group.add_argument("--input-len", type=int, metavar="N", help="tokens of each prompt (default 512)")
+    group.add_argument("--output-len", type=int, metavar="N", help="tokens of each output (default 128)")
+    group.add_argument(
+        "--trace", type=Path, metavar="FILE", help="draw lengths from a CSV file (ContextTokens, GeneratedTokens)"
+    )
+    group.add_argument("--max-input-len", type=int, metavar="N", help="of the trace, skip longer prompts")
+    group.add_argument("--max-output-len", type=int, metavar="N", help="of the trace, skip longer outputs")
+    group.add_argument("--max-total-len", type=int, metavar="N", help="of the trace, skip longer sums of both")
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="of lengths, token ids, arrivals (default 0)")
+    group.add_argument("--detokenize", action="store_true", help="make texts of the outputs as well")
+    group = parser.add_argument_group("results")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write a record of everything")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    add_engine_options(parser)
+
+
+def throughput(args: argparse.Namespace) -> int:
+    """Measure throughput; every error of the options is found before the model is loaded."""
+    workload = _workload(args)
+    subject = _subject(args, workload)
+    from nf.bench.engine import describe, finite
+    from nf.bench.environment import environment
+    from nf.bench.report import throughput_lines
+    from nf.bench.throughput import results, run
+    from nf.llm import LLM
+
+    with LLM(subject.loaded) as llm:
+        done = run(llm, subject, workload, warmups=args.num_warmups, detokenize=args.detokenize, show=not args.quiet)
+        spans = [] if args.trace_out is None else subject.trace(done.batch)
+    record = {"benchmark": "throughput", "environment": environment(), **describe(subject, workload, _name(args))}
+    record["results"] = finite(results(done, subject, workload, _ceilings(subject)))
+    print("\n".join(throughput_lines(record)))
+    if args.trace_out is not None:
+        from nf.bench.timeline import write_timeline
+
+        write_timeline(spans, args.trace_out, f"one step of {_name(args)}")
+    _write(args, record)
+    return 0
+
+
+def latency(args: argparse.Namespace) -> int:
+    """Measure latency at one rate after the other, printing each as it is done."""
+    import asyncio
+
+    for rate in args.request_rate:
+        if not 0 < rate < float("inf"):
+            raise InputError("--request-rate", f"must be above 0, not {rate:g}")
+    workload = _workload(args)
+    subject = _subject(args, workload)
+    from nf.bench.engine import describe
+    from nf.bench.environment import environment
+
+    record = {"benchmark": "latency", "environment": environment(), **describe(subject, workload, _name(args))}
+    record["results"] = {"rates": asyncio.run(_rates(args, subject, workload, record)), "startup": subject.startup}
+    _write(args, record)
+    return 0
+
+
+async def _rates(
+    args: argparse.Namespace, subject: Subject, workload: Workload, record: dict[str, Any]
+) -> list[dict[str, Any]]:
+    from tqdm import tqdm
+
+    from nf.bench.engine import finite
+    from nf.bench.latency import run_rate, warm_up
+    from nf.bench.report import latency_line, latency_title
+    from nf.llm import AsyncLLM
+
+    hide = args.quiet or not sys.stderr.isatty()
+    results = []
+    async with AsyncLLM(subject.loaded) as llm:
+        await warm_up(llm, subject, workload)
+        print("\n".join(latency_title(record)), flush=True)
+        for rate in args.request_rate:
+            with tqdm(total=len(workload), desc=f"{rate:g}/s", unit=" requests", disable=hide, leave=False) as bar:
+                result = await run_rate(llm, subject, workload, rate, detokenize=args.detokenize, finished=bar.update)
+            results.append(finite(result))
+            print(latency_line(results[-1]), flush=True)
+    return results
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    for name in ("num_prompts", "input_len", "output_len", "max_input_len", "max_output_len", "max_total_len"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(_flag(name), f"must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "num_warmups"):
+        if getattr(args, name, 0) < 0:
+            raise InputError(_flag(name), f"must be at least 0, not {getattr(args, name)}")
+    for name in ("json", "trace_out"):
+        path = getattr(args, name, None)
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise InputError(_flag(name), f"{path} cannot be written: it is a folder or its folder is not there")
+    from nf.bench.workload import Limits, constant, from_trace
+
+    if args.trace is None:
+        for name in ("max_input_len", "max_output_len", "max_total_len"):
+            if getattr(args, name) is not None:
+                raise InputError(_flag(name), "is for lengths from --trace FILE")
+        return constant(args.input_len or 512, args.output_len or 128, args.num_prompts, args.seed)
+    for name in ("input_len", "output_len"):
+        if getattr(args, name) is not None:
+            raise InputError(_flag(name), "cannot be used with --trace, which gives the lengths")
+    limits = Limits(args.max_input_len, args.max_output_len, args.max_total_len)
+    return from_trace(args.trace, args.num_prompts, args.seed, limits)
+
+
+def _subject(args: argparse.Namespace, workload: Workload) -> Subject:
+    if args.shape is not None and not args.random_weights:
+        raise InputError("--shape", "names a model without weights; add --random-weights")
+    options = engine_options(args)
+    if args.random_weights:
+        options["random_weights"] = True
+    if not args.detokenize:
+        options["skip_tokenizer_init"] = True
+    start = time.perf_counter()
+    from nf.bench.engine import subject
+
+    imported = time.perf_counter() - start
+    with named_by_flag():
+        loaded = subject(_name(args), imported, **options)
+    try:
+        loaded.check(workload)
+        if getattr(args, "trace_out", None) is not None and not loaded.traceable:
+            raise InputError("--trace-out", f"the executor for {loaded.config.device} cannot time nano-operations")
+    except InputError:
+        loaded.log.close()
+        raise
+    return loaded
+
+
+def _ceilings(subject: Subject) -> Any:
+    """Measured after the run, once the model has left the GPU; None on the CPU or if something is missing for it."""
+    from nf.errors import NfError
+
+    if not subject.gpus:
+        return None
+    from nf.bench.ceilings import measure_ceilings
+
+    try:
+        return measure_ceilings(subject.model_config, subject.config.max_num_batched_tokens, subject.gpus)
+    except NfError as error:
+        print(f"nf bench: no ceilings: {error}", file=sys.stderr)
+        return None
+
+
+def _write(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    if args.json is not None:
+        import json
+
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Of the model: what it is loaded by."""
+    name: str = args.shape or args.model
+    return name
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
