@@ -246,8 +246,8 @@ def _scheduler_config(config: EngineConfig, model: Model) -> SchedulerConfig:
     return SchedulerConfig(
         **_sizes(config),
         dense_batch_size=config.max_num_batched_tokens,
-        swap_bytes_per_page=2.0 * config.page_size * kv_bytes_per_token(model.config),  # out and in again
-        recompute_bytes_per_token=recompute_bytes_per_token(model, config.max_num_batched_tokens),
+        swap_cost_per_page=2.0 * config.page_size * kv_bytes_per_token(model.config),  # out and in again
+        recompute_cost_per_token=recompute_bytes_per_token(model, config.max_num_batched_tokens),
         preemption=config.preemption,
     )
 

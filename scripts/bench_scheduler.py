@@ -58,8 +58,8 @@ class Load:
                 page_size=args.page_size,
                 num_pages=int(args.running * tokens_per_seq * args.memory / args.page_size),
                 num_host_pages=args.running * 8,
-                swap_bytes_per_page=2.0 * args.page_size,
-                recompute_bytes_per_token=8.0,
+                swap_cost_per_page=2.0 * args.page_size,
+                recompute_cost_per_token=8.0,
             )
         )
         self.params = SamplingParams(

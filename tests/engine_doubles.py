@@ -168,8 +168,8 @@ def make_loaded(
             page_size=4,
             num_pages=num_pages,
             num_host_pages=num_host_pages,
-            swap_bytes_per_page=1.0,
-            recompute_bytes_per_token=1.0,
+            swap_cost_per_page=1.0,
+            recompute_cost_per_token=1.0,
         )
     )
     model = ModelConfig("LlamaForCausalLM", VOCAB_SIZE, 8, 8, 1, 1, 1, 8, 1e-6, MAX_MODEL_LEN, eos_token_ids=(EOS,))

@@ -27,8 +27,8 @@ from nf.weights import DTYPES, Checkpoint, TensorEntry, check_weights, checkpoin
 
 ALIGNMENT = 256  # bytes, of every weight
 VALUE_BYTES = 2  # bfloat16
-CHUNK_BYTES = 8 << 20  # of a file, read at a time
-MAX_THREADS = 16
+CHUNK_BYTES = 4 << 20  # of a file, read at a time
+MAX_THREADS = 12  # half as many already copy from the page cache as fast as the link takes it
 _BUFFERS = 2  # per thread: one is filled while the other is copied from
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _ONE = 0x3F80  # 1.0 as bfloat16

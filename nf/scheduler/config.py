@@ -19,9 +19,9 @@ class SchedulerConfig:
         page_size: tokens whose keys and values one page holds.
         num_pages: pages on the device.
         num_host_pages: pages on the host, for the KV of preempted sequences.
-        swap_bytes_per_page: bytes moved to swap one page out and back in.
-        recompute_bytes_per_token: bytes moved to compute the KV of one token again.
-        preemption: "auto" moves fewer bytes of the two; "swap" and "recompute" force one. Without enough free host
+        swap_cost_per_page: of swapping one page out and back in.
+        recompute_cost_per_token: of computing the KV of one token again, in the same unit: bytes moved, or seconds.
+        preemption: "auto" takes the cheaper of the two; "swap" and "recompute" force one. Without enough free host
             pages a sequence is always recomputed.
 
     Raises:
@@ -34,15 +34,15 @@ class SchedulerConfig:
     page_size: int
     num_pages: int
     num_host_pages: int = 0
-    swap_bytes_per_page: float = 0.0
-    recompute_bytes_per_token: float = 0.0
+    swap_cost_per_page: float = 0.0
+    recompute_cost_per_token: float = 0.0
     preemption: Preemption = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "dense_batch_size", "max_model_len", "page_size", "num_pages"):
             if getattr(self, name) < 1:
                 raise InputError(_USER_NAMES.get(name, name), f"must be at least 1, not {getattr(self, name)}")
-        for name in ("num_host_pages", "swap_bytes_per_page", "recompute_bytes_per_token"):
+        for name in ("num_host_pages", "swap_cost_per_page", "recompute_cost_per_token"):
             if getattr(self, name) < 0:
                 raise InputError(name, f"must be at least 0, not {getattr(self, name)}")
         if self.preemption not in ("auto", "swap", "recompute"):

@@ -127,7 +127,7 @@ def _choose_swapped(state: State, preempted: Slots) -> NDArray[np.bool_]:
     host_free = state.host_pages.num_free
     for i, computed in enumerate(state.computed[preempted].tolist()):
         pages = pages_for(computed, config.page_size)
-        cheaper = pages * config.swap_bytes_per_page < computed * config.recompute_bytes_per_token
+        cheaper = pages * config.swap_cost_per_page < computed * config.recompute_cost_per_token
         wanted = config.preemption == "swap" or (config.preemption == "auto" and cheaper)
         if wanted and 0 < pages <= host_free:
             swapped[i] = True

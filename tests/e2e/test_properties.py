@@ -74,8 +74,8 @@ class Case:
         }
         config = SchedulerConfig(
             dense_batch_size=self.plan.dense_batch_size,
-            swap_bytes_per_page=2.0,
-            recompute_bytes_per_token=1.0,
+            swap_cost_per_page=2.0,
+            recompute_cost_per_token=1.0,
             preemption=self.preemption,  # type: ignore[arg-type]
             **sizes,
         )

@@ -59,8 +59,8 @@ configs = st.builds(
     page_size=st.integers(1, 5),
     num_pages=st.integers(3, 40),
     num_host_pages=st.integers(0, 20),
-    swap_bytes_per_page=st.sampled_from([0.0, 5.0]),
-    recompute_bytes_per_token=st.sampled_from([0.0, 1.0, 3.0]),
+    swap_cost_per_page=st.sampled_from([0.0, 5.0]),
+    recompute_cost_per_token=st.sampled_from([0.0, 1.0, 3.0]),
     preemption=st.sampled_from(["auto", "swap", "recompute"]),
 )
 
@@ -126,7 +126,7 @@ def check_prompt_logprobs(driver: Driver) -> None:
 def test_long_run_ends_at_the_baseline() -> None:
     """A few hundred requests through a small pool, with preemptions of both kinds on the way."""
     rng = np.random.default_rng(7)
-    driver = Driver(make_config(num_pages=24, num_host_pages=10, swap_bytes_per_page=1, recompute_bytes_per_token=1))
+    driver = Driver(make_config(num_pages=24, num_host_pages=10, swap_cost_per_page=1, recompute_cost_per_token=1))
     driver.scheduler._state.output_length.average = 1.0
     for i in range(200):
         driver.add(random_request(rng, f"r{i}"))

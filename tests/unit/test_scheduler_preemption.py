@@ -55,7 +55,7 @@ def test_no_more_are_preempted_than_needed() -> None:
 )
 def test_auto_moves_fewer_bytes(page_bytes: float, token_bytes: float, swapped: bool) -> None:
     config = make_config(
-        num_pages=9, num_host_pages=9, swap_bytes_per_page=page_bytes, recompute_bytes_per_token=token_bytes
+        num_pages=9, num_host_pages=9, swap_cost_per_page=page_bytes, recompute_cost_per_token=token_bytes
     )
     driver = driver_of(config)
     for name in "abc":
@@ -75,8 +75,8 @@ def test_config_forces_the_kind(preemption: str) -> None:
         num_pages=9,
         num_host_pages=9,
         preemption=preemption,
-        swap_bytes_per_page=costs[0],
-        recompute_bytes_per_token=costs[1],
+        swap_cost_per_page=costs[0],
+        recompute_cost_per_token=costs[1],
     )
     driver = driver_of(config)
     for name in "abc":
