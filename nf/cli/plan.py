@@ -1,10 +1,11 @@
-"""``nf plan``: look at a pipeline plan, and check one."""
+"""``nf plan``: estimate what a model costs, look at a pipeline plan, and check one."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from nf.cli import estimate
 from nf.cli.parser import add_common_options
 
 if TYPE_CHECKING:  # the commands import what they need when they run
@@ -22,6 +23,7 @@ examples:
   nf plan show nano-batch --layers 3            every round of a model with three layers
   nf plan show nano-batch --json > mine.json    a plan to start from
   nf plan validate mine.json --gpu-sms 132
+  nf plan estimate llama-3-8b --gpu h200        what bounds a model on a machine
 """
 
 _SHOW_EXAMPLES = """\
@@ -32,8 +34,10 @@ examples:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add ``plan`` with its commands ``show`` and ``validate``."""
-    parser = subparsers.add_parser("plan", help="show or check a pipeline plan", description=_DESCRIPTION)
+    """Add ``plan`` with its commands ``show``, ``validate`` and ``estimate``."""
+    parser = subparsers.add_parser(
+        "plan", help="show or check a pipeline plan, estimate a model's cost", description=_DESCRIPTION
+    )
     parser.epilog = _EXAMPLES
     commands = parser.add_subparsers(dest="plan_command", metavar="COMMAND", title="commands", required=True)
 
@@ -58,6 +62,11 @@ def add_parser(subparsers: Any) -> None:
     check.add_argument("--gpu-sms", type=int, metavar="N", help="SMs the plan's partitions must fit into")
     add_common_options(check)
 
+    cost = commands.add_parser("estimate", help="say what a model costs on a machine", description=estimate.DESCRIPTION)
+    cost.epilog = estimate.EXAMPLES
+    estimate.add_arguments(cost)
+    add_common_options(cost)
+
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="whose operations to plan (default: the bundled model)")
@@ -65,7 +74,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``nf plan …``; a plan that is not valid is a PlanError."""
-    return _show(args) if args.plan_command == "show" else _validate(args)
+    run_command = {"show": _show, "validate": _validate, "estimate": estimate.run}[args.plan_command]
+    return run_command(args)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -111,4 +121,4 @@ def _operations(model: str | None) -> tuple[Operation, ...]:
     from nf.models.hf_config import read_config
     from nf.models.registry import declare
 
-    return declare(read_config(resolve_model(model or BUNDLED_MODEL))).operations
+    return declare(read_config(resolve_model(model or BUNDLED_MODEL, config_only=True))).operations
