@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _kernels(args: argparse.Namespace) -> int:
     from nf.bench.kernels import CASES, line, run, write
-    from nf.cli.info import gpu_devices
+    from nf.device_choice import gpu_devices
     from nf.errors import InputError, NfError
 
     for name in args.only:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nf.cli.options import add_engine_options, engine_options, named_by_flag
+from nf.cli.workload_options import add_workload_options, read_workload
 from nf.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,17 +71,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--random-weights", action="store_true", help="draw weights instead of reading them")
     parser.add_argument("--shape", metavar="NAME", help="well-known shape to draw weights for, e.g. llama-3-8b")
-    group = parser.add_argument_group("requests")
-    group.add_argument("--num-prompts", type=int, default=64, metavar="N", help="how many (default 64)")
-    group.add_argument("--input-len", type=int, metavar="N", help="tokens of each prompt (default 512)")
-    group.add_argument("--output-len", type=int, metavar="N", help="tokens of each output (default 128)")
-    group.add_argument(
-        "--trace", type=Path, metavar="FILE", help="draw lengths from a CSV file (ContextTokens, GeneratedTokens)"
-    )
-    group.add_argument("--max-input-len", type=int, metavar="N", help="of the trace, skip longer prompts")
-    group.add_argument("--max-output-len", type=int, metavar="N", help="of the trace, skip longer outputs")
-    group.add_argument("--max-total-len", type=int, metavar="N", help="of the trace, skip longer sums of both")
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="of lengths, token ids, arrivals (default 0)")
+    group = add_workload_options(parser)
     group.add_argument("--detokenize", action="store_true", help="make texts of the outputs as well")
     group = parser.add_argument_group("results")
     group.add_argument("--json", type=Path, metavar="FILE", help="write a record of everything")
@@ -154,28 +145,12 @@ async def _rates(
 
 
 def _workload(args: argparse.Namespace) -> Workload:
-    for name in ("num_prompts", "input_len", "output_len", "max_input_len", "max_output_len", "max_total_len"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(_flag(name), f"must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "num_warmups"):
-        if getattr(args, name, 0) < 0:
-            raise InputError(_flag(name), f"must be at least 0, not {getattr(args, name)}")
-    for name in ("json", "trace_out"):
-        path = getattr(args, name, None)
+    if getattr(args, "num_warmups", 1) < 1:
+        raise InputError("--num-warmups", f"must be at least 1, not {args.num_warmups}")
+    for flag, path in (("--json", args.json), ("--trace-out", getattr(args, "trace_out", None))):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise InputError(_flag(name), f"{path} cannot be written: it is a folder or its folder is not there")
-    from nf.bench.workload import Limits, constant, from_trace
-
-    if args.trace is None:
-        for name in ("max_input_len", "max_output_len", "max_total_len"):
-            if getattr(args, name) is not None:
-                raise InputError(_flag(name), "is for lengths from --trace FILE")
-        return constant(args.input_len or 512, args.output_len or 128, args.num_prompts, args.seed)
-    for name in ("input_len", "output_len"):
-        if getattr(args, name) is not None:
-            raise InputError(_flag(name), "cannot be used with --trace, which gives the lengths")
-    limits = Limits(args.max_input_len, args.max_output_len, args.max_total_len)
-    return from_trace(args.trace, args.num_prompts, args.seed, limits)
+            raise InputError(flag, f"{path} cannot be written: it is a folder or its folder is not there")
+    return read_workload(args)
 
 
 def _subject(args: argparse.Namespace, workload: Workload) -> Subject:
@@ -228,7 +203,3 @@ def _name(args: argparse.Namespace) -> str:
     """Of the model: what it is loaded by."""
     name: str = args.shape or args.model
     return name
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
