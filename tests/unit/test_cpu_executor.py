@@ -9,9 +9,9 @@ import pytest
 from executor_cases import (
     BatchMaker,
     Part,
+    all_logits,
     closest_call,
     random_plan,
-    random_steps,
     random_weights,
     reference_logits,
     small_model,
@@ -48,18 +48,6 @@ def executor(
 def maker(page_size: int = 4, seed: int = 0) -> BatchMaker:
     pages = MAX_LEN // page_size + 2
     return BatchMaker(page_size, SLOTS * pages, pages, np.random.default_rng(seed))
-
-
-def all_logits(run: CpuExecutor, batches: BatchMaker, sequences: dict[int, list[int]], seed: int) -> dict:
-    """Logits of every position of every sequence, run through random steps."""
-    rng = np.random.default_rng(seed)
-    found = {slot: np.zeros((len(ids), run._config.vocab_size), np.float32) for slot, ids in sequences.items()}
-    for parts in random_steps(sequences, DENSE, rng):
-        batch = batches.batch(parts)
-        logits = run.logits(batch, np.arange(batch.num_tokens, dtype=np.int32))
-        for row, (slot, position) in enumerate(zip(batch.token_slots, batch.positions, strict=True)):
-            found[int(slot)][position] = logits[row]
-    return found
 
 
 def random_sequences(rng: np.random.Generator, vocab_size: int, longest: int) -> dict[int, list[int]]:
@@ -114,7 +102,7 @@ def test_logits_equal_a_dense_float64_model(config: dict, plan: str, page_size: 
     sequences = random_sequences(rng, model.config.vocab_size, 50)
     assume(all(closest_call(model, weights, ids) > 1e-5 for ids in sequences.values()))
     run = executor(model, weights, plans[plan](), page_size, interleave)
-    found = all_logits(run, maker(page_size, seed), sequences, seed)
+    found = all_logits(run, maker(page_size, seed), sequences, DENSE, seed)
     run.close()
     for slot, ids in sequences.items():
         np.testing.assert_allclose(found[slot], reference_logits(model, weights, ids), rtol=0, atol=1e-4)
@@ -126,7 +114,7 @@ def test_long_sequences_span_several_chunks_of_kv(page_size: int) -> None:
     weights = random_weights(model, 5)
     run = executor(model, weights, sequential_plan(model.operations, DENSE), page_size)
     sequences = random_sequences(np.random.default_rng(5), 61, MAX_LEN) | {0: [i % 61 for i in range(MAX_LEN)]}
-    found = all_logits(run, maker(page_size), sequences, 5)
+    found = all_logits(run, maker(page_size), sequences, DENSE, 5)
     run.close()
     for slot, ids in sequences.items():
         np.testing.assert_allclose(found[slot], reference_logits(model, weights, ids), rtol=0, atol=1e-4)
@@ -148,13 +136,13 @@ def test_a_sequence_has_the_same_bits_in_any_company_chunking_plan_and_order(con
     alone = {}
     run = executor(model, weights, sequential_plan(model.operations, DENSE))
     for slot, ids in sequences.items():
-        alone |= all_logits(run, maker(seed=slot), {slot: ids}, slot)
+        alone |= all_logits(run, maker(seed=slot), {slot: ids}, DENSE, slot)
     run.close()
     for seed in range(4):
         plan = [sequential_plan(model.operations, DENSE), nano_batch_plan(model.operations, DENSE)][seed % 2]
         plan = plan if seed < 3 else random_plan(model, DENSE, Random(seed))
         run = executor(model, weights, plan, interleave=Random(seed))
-        together = all_logits(run, maker(seed=seed), sequences, seed)
+        together = all_logits(run, maker(seed=seed), sequences, DENSE, seed)
         run.close()
         for slot in sequences:
             np.testing.assert_array_equal(together[slot], alone[slot])
@@ -166,7 +154,7 @@ def test_a_large_batch_is_cut_into_groups_and_blocks(monkeypatch: pytest.MonkeyP
     weights = random_weights(model, 2)
     sequences = random_sequences(np.random.default_rng(2), 61, 60)
     run = executor(model, weights, nano_batch_plan(model.operations, DENSE))
-    found = all_logits(run, maker(), sequences, 2)
+    found = all_logits(run, maker(), sequences, DENSE, 2)
     run.close()
     for slot, ids in sequences.items():
         np.testing.assert_allclose(found[slot], reference_logits(model, weights, ids), rtol=0, atol=1e-4)
@@ -182,7 +170,7 @@ def test_weights_of_other_dtypes_are_taken() -> None:
         tuple({n: a.astype(ml_dtypes.bfloat16) for n, a in layer.items()} for layer in weights.layers),
     )
     run = executor(model, half, sequential_plan(model.operations, DENSE))
-    found = all_logits(run, maker(), {0: [3, 1, 4, 1, 5]}, 0)[0]
+    found = all_logits(run, maker(), {0: [3, 1, 4, 1, 5]}, DENSE, 0)[0]
     run.close()
     np.testing.assert_allclose(found, reference_logits(model, half, [3, 1, 4, 1, 5]), rtol=0, atol=1e-4)
 

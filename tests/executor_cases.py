@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import Protocol
 
 import numpy as np
 
@@ -185,6 +186,25 @@ def random_steps(sequences: dict[int, list[int]], dense_batch_size: int, rng: np
         if parts:
             steps.append(parts)
     return steps
+
+
+def all_logits(
+    run: RunsLogits, batches: BatchMaker, sequences: dict[int, list[int]], dense_batch_size: int, seed: int
+) -> dict[int, np.ndarray]:
+    """Logits of every position of every sequence, run through random steps."""
+    parts_of: dict[int, list[np.ndarray]] = {slot: [] for slot in sequences}
+    for parts in random_steps(sequences, dense_batch_size, np.random.default_rng(seed)):
+        batch = batches.batch(parts)
+        logits = run.logits(batch, np.arange(batch.num_tokens, dtype=np.int32))
+        for slot, start, stop in zip(batch.slots, batch.qo_indptr[:-1], batch.qo_indptr[1:], strict=True):
+            parts_of[int(slot)].append(logits[start:stop])
+    return {slot: np.concatenate(parts) for slot, parts in parts_of.items()}
+
+
+class RunsLogits(Protocol):
+    """An executor that shows logits."""
+
+    def logits(self, batch: Batch, rows: np.ndarray) -> np.ndarray: ...
 
 
 # The reference: one sequence, every position at once, float64.
