@@ -178,17 +178,15 @@ def _subject(args: argparse.Namespace, workload: Workload) -> Subject:
 
 
 def _ceilings(subject: Subject) -> Any:
-    """Measured after the run, once the model has left the GPU; None on the CPU or if something is missing for it."""
-    from nf.errors import NfError
-
+    """Measured after the run, once the model has left the GPU; None on the CPU or if it cannot be done."""
     if not subject.gpus:
         return None
     from nf.bench.ceilings import measure_ceilings
 
     try:
         return measure_ceilings(subject.model_config, subject.config.max_num_batched_tokens, subject.gpus)
-    except NfError as error:
-        print(f"nf bench: no ceilings: {error}", file=sys.stderr)
+    except Exception as error:  # whatever it is, the run before it is worth its record
+        print(f"nf bench: the ceilings could not be measured: {error}", file=sys.stderr)
         return None
 
 
