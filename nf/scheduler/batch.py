@@ -106,7 +106,7 @@ def _empty(kind: type[_Part]) -> _Part:
     dtypes = {"Float32": np.float32, "NDArray[np.uint64]": np.uint64}
     return kind(
         **{
-            field.name: np.zeros(field.name.endswith("indptr"), dtypes.get(str(field.type), np.int32))
+            field.name: np.zeros(int(field.name.endswith("indptr")), dtypes.get(str(field.type), np.int32))
             for field in fields(kind)
         }
     )

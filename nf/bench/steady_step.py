@@ -1,0 +1,155 @@
+"""One step as an engine under full load runs it, again and again: what plans are compared by.
+
+The batch is made by hand: sequences that decode at contexts spread evenly over their output, and prompts in the
+middle of being read. Every replay does the same work on the same pages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from nf.bench.measure import RUN_SECONDS, WARM_SECONDS, Measurement, energy
+from nf.executors.base import Executor, StepHandle
+from nf.scheduler.batch import Batch, PromptLogprobsBatch, SamplingBatch
+
+IN_FLIGHT = 2  # steps enqueued ahead, as the engine does
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests of constant lengths, as many at a time as keep a dense batch full.
+
+    Args:
+        dense_batch_size: tokens of a step.
+        input_len, output_len: of every request.
+    """
+
+    dense_batch_size: int
+    input_len: int
+    output_len: int
+
+    @property
+    def num_decode(self) -> int:
+        """Sequences that decode: a request needs ``input_len`` prefill rows and ``output_len − 1`` decode rows."""
+        decodes = self.output_len - 1
+        return round(self.dense_batch_size * decodes / (self.input_len + decodes))
+
+    @property
+    def num_pages_at(self) -> int:
+        """Tokens in the KV cache during such a step, for choosing a number of pages."""
+        return sum(self.kv_lens())
+
+    def kv_lens(self) -> list[int]:
+        """Length of each sequence once the step is done: those that decode first, then prompts."""
+        count = self.num_decode
+        decodes = [self.input_len + 1 + (i * self.output_len) // count for i in range(count)]
+        return decodes + [start + new for start, new in self._chunks()]
+
+    def _chunks(self) -> list[tuple[int, int]]:
+        """(tokens cached before, new tokens) of each prompt in the step: the end of one, whole ones, a beginning."""
+        left = self.dense_batch_size - self.num_decode
+        first = min(left, self.input_len // 2)
+        chunks = [(self.input_len - first, first)] if first else []
+        left -= first
+        while left:
+            new = min(left, self.input_len)
+            chunks.append((0, new))
+            left -= new
+        return chunks
+
+    def batch(self, page_size: int) -> Batch:
+        """The step, on pages 0, 1, 2, …"""
+        count, chunks = self.num_decode, self._chunks()
+        new = np.array([1] * count + [tokens for _, tokens in chunks], np.int64)
+        kv_lens = np.array(self.kv_lens(), np.int64)
+        seqs = len(new)
+        ends = np.cumsum(new)
+        pages = -(-kv_lens // page_size)
+        rows = np.concatenate([np.arange(count), ends[count:] - 1]).astype(np.int32)
+        generator = np.random.default_rng(0)
+        positions = np.concatenate([np.arange(n - t, n) for n, t in zip(kv_lens, new, strict=True)])
+        int32 = np.int32
+        return Batch(
+            step=0,
+            num_decode=count,
+            token_ids=generator.integers(0, 1000, int(ends[-1])).astype(int32),
+            token_slots=np.repeat(np.arange(seqs), new).astype(int32),
+            positions=positions.astype(int32),
+            slots=np.arange(seqs, dtype=int32),
+            qo_indptr=np.concatenate([[0], ends]).astype(int32),
+            kv_lens=kv_lens.astype(int32),
+            kv_indptr=np.concatenate([[0], np.cumsum(pages)]).astype(int32),
+            kv_indices=np.arange(int(pages.sum()), dtype=int32),
+            last_page_len=(kv_lens - (pages - 1) * page_size).astype(int32),
+            sampling=_greedy(rows, kv_lens.astype(int32)),
+            prompt_logprobs=PromptLogprobsBatch(*(np.zeros(0, int32) for _ in range(4))),
+            swap_out=np.zeros((0, 2), int32),
+            swap_in=np.zeros((0, 2), int32),
+            page_copies=np.zeros((0, 2), int32),
+            forks=np.zeros((0, 3), int32),
+        )
+
+
+def measure_step(
+    executor: Executor, batch: Batch, *, warm: float = WARM_SECONDS, run: float = RUN_SECONDS
+) -> Measurement:
+    """Mean time and energy of a step, with as many steps enqueued ahead as the engine enqueues."""
+    once = _replay(executor, batch, 2) / 2
+    _replay(executor, batch, max(1, round(warm / once)))
+    count = max(4, round(run / once))
+    before = energy()
+    seconds = _replay(executor, batch, count)
+    joules = energy() - before
+    return Measurement(seconds / count, joules / count)
+
+
+def _replay(executor: Executor, batch: Batch, count: int) -> float:
+    started = time.perf_counter()
+    handles: deque[StepHandle] = deque()
+    for _ in range(count):
+        handles.append(executor.submit(batch))
+        if len(handles) > IN_FLIGHT:
+            handles.popleft().result()
+    for handle in handles:
+        handle.result()
+    return time.perf_counter() - started
+
+
+def _greedy(rows: np.ndarray, positions: np.ndarray) -> SamplingBatch:
+    """Greedy sampling of one token per sequence."""
+    count = len(rows)
+
+    def ints(value: int = 0, size: int = count) -> np.ndarray:
+        return np.full(size, value, np.int32)
+
+    def floats(value: float = 0.0, size: int = count) -> np.ndarray:
+        return np.full(size, value, np.float32)
+
+    return SamplingBatch(
+        rows=rows,
+        slots=np.arange(count, dtype=np.int32),
+        positions=positions,
+        prompt_lens=positions,
+        temperature=floats(),
+        top_k=ints(),
+        top_p=floats(1.0),
+        min_p=floats(),
+        presence_penalty=floats(),
+        frequency_penalty=floats(),
+        repetition_penalty=floats(1.0),
+        seeds=np.zeros(count, np.uint64),
+        sample_index=ints(),
+        logprobs=ints(-1),
+        bias_indptr=ints(size=count + 1),
+        bias_ids=ints(size=0),
+        bias_values=floats(size=0),
+        allowed_indptr=ints(size=count + 1),
+        allowed_ids=ints(size=0),
+        bad_words_indptr=ints(size=count + 1),
+        bad_words_token_indptr=ints(size=1),
+        bad_words_ids=ints(size=0),
+    )
