@@ -58,8 +58,10 @@ class ModelConfig:
 class EngineConfig:
     """How a model is run; the fields users know from vLLM keep their names.
 
-    ``max_num_batched_tokens`` is the dense batch size B_dense. ``num_pages`` and ``num_host_pages`` override the
-    sizes derived from memory. ``plan`` is a built-in plan's name or a JSON file.
+    ``max_num_batched_tokens`` is the dense batch size B_dense. ``max_num_seqs`` None: 256 on the CPU, 1024 on the GPU,
+    and never more than the dense batch has rows. ``num_pages`` and ``num_host_pages`` override the sizes derived from
+    memory. ``plan`` is a built-in plan's name or a JSON file. ``random_weights`` draws the weights (with ``seed``)
+    instead of reading them; the model may then also be one of nf.models.shapes.
     """
 
     dtype: DType = "auto"
@@ -67,7 +69,7 @@ class EngineConfig:
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.92
     tensor_parallel_size: int = 1
-    max_num_seqs: int = 256
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int = 2048
     page_size: int = 16
     num_pages: int | None = None
@@ -75,3 +77,4 @@ class EngineConfig:
     preemption: Preemption = "auto"
     device: Device = "auto"
     plan: str | None = None
+    random_weights: bool = False

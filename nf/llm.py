@@ -174,22 +174,26 @@ class LLM:
     ``with LLM(model) as llm`` or call ``close()``; at the latest the end of the program does.
 
     Args:
-        model: a model directory, a bundled model's name or a hub name.
+        model: a model directory, a bundled model's name or a hub name; with ``random_weights`` also a well-known
+            shape's name such as "llama-3-8b", which has no tokenizer.
         tokenizer: directory or hub name of the tokenizer, if it is not the model's.
         chat_template: source of a template that replaces the model's.
         skip_tokenizer_init: take and give token ids only.
-        dtype: what weights are rounded to: "auto", "bfloat16", "float16" or "float32"; the CPU computes in float32.
+        dtype: what weights are rounded to: "auto", "bfloat16", "float16" or "float32". The CPU computes in float32;
+            the GPU has bfloat16 alone.
         seed: keys the sampling of requests that name no seed, by their running number.
         max_model_len: most tokens of prompt and output together; None takes what the model allows.
-        max_num_seqs: most sequences that run at once.
+        max_num_seqs: most sequences that run at once; None: 256 on the CPU, 1024 on the GPU, if the dense batch has
+            as many rows.
         max_num_batched_tokens: size of the dense batch, tokens per step.
-        page_size: tokens per page of the KV cache.
+        page_size: tokens per page of the KV cache; 16, 32 or 64 on the GPU.
         num_pages, num_host_pages: sizes of the KV cache on the device and, for preempted sequences, on the host.
         preemption: what happens to the KV of a preempted sequence: "swap", "recompute", or "auto" for the cheaper one.
-        gpu_memory_utilization: share of the GPU's memory to use.
-        tensor_parallel_size: GPUs that share the model.
-        device: "auto", "cpu" or "cuda".
+        gpu_memory_utilization: share of the GPU's memory to use; what others use of it counts as well.
+        tensor_parallel_size: GPUs that share the model; 1.
+        device: "auto", "cpu" or "cuda"; "auto" takes the GPU if there is one that can run the model.
         plan: "sequential", "nano-batch" or a JSON file.
+        random_weights: draw the weights, keyed by ``seed``, instead of reading them; for benchmarks.
 
     Raises:
         InputError: an option is unknown or not acceptable.

@@ -39,6 +39,7 @@ def pool_sizes(config: EngineConfig, model: Model) -> tuple[int, int]:
         InputError: tables for ``max_model_len`` positions, or the pages, need more RAM than there is.
     """
     free = _free_for_pages(config, model)
+    assert config.max_num_seqs is not None
     assert config.max_model_len is not None
     needed = config.max_num_seqs * -(-config.max_model_len // config.page_size)
     page_bytes = config.page_size * kv_bytes_per_token(model.config)
@@ -94,6 +95,7 @@ def _free_for_pages(config: EngineConfig, model: Model) -> int:
 def _table_bytes(config: EngineConfig, model: ModelConfig, max_model_len: int) -> int:
     """What grows with the model's length whatever runs: cosines and sines, token buffer and page table."""
     rotary = max_model_len * model.head_dim * CPU_VALUE_BYTES
+    assert config.max_num_seqs is not None
     per_seq = max_model_len + -(-max_model_len // config.page_size)
     return rotary + config.max_num_seqs * per_seq * 4  # token ids and page numbers are int32
 

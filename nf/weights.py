@@ -125,6 +125,29 @@ def load_weights(model: Model, model_dir: Path, dtype: np.dtype[Any]) -> ModelWe
     )
 
 
+def random_weights(model: Model, seed: int, dtype: np.dtype[Any], std: float = 0.02) -> ModelWeights:
+    """Weights for benchmarks, without a checkpoint: matrices N(0, std), biases 0, norms 1; the same for the same seed.
+
+    (Those drawn on a GPU are others.)
+    """
+    rng = np.random.Generator(np.random.SFC64(seed))
+
+    def draw(weight: Weight) -> Array:
+        if len(weight.shape) == 1:
+            return np.full(weight.shape, 1.0 if weight.name.endswith("_norm") else 0.0, dtype)
+        values = rng.standard_normal(weight.shape, np.float32)
+        values *= np.float32(std)
+        return values.astype(dtype, copy=False)
+
+    embed = draw(model.embed)
+    return ModelWeights(
+        embed=embed,
+        final_norm=draw(model.final_norm),
+        lm_head=embed if is_tied(model) else draw(model.lm_head),
+        layers=tuple({w.name: draw(w) for w in model.layer_weights} for _ in range(model.config.num_layers)),
+    )
+
+
 def check_weights(model: Model, checkpoint: Checkpoint) -> None:
     """Compare the declaration with the checkpoint's table, before anything is allocated.
 

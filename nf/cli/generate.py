@@ -133,8 +133,10 @@ def _run(
             with named_by_flag():
                 params = model.inputs.default_params.with_(**{"max_tokens": DEFAULT_MAX_TOKENS} | given)
             defaults = Defaults(params.with_(seed=None), given.get("seed", 0), args.chat, args.system)
+            max_num_seqs = model.loaded.config.max_num_seqs
+            assert max_num_seqs is not None
             # As many again as can run wait, so that the dense batch is always full.
-            batch = BatchRun(model, sink, progress, defaults, limit=2 * model.loaded.config.max_num_seqs)
+            batch = BatchRun(model, sink, progress, defaults, limit=2 * max_num_seqs)
             await batch.run(source)
             return batch.stopped_by
         finally:

@@ -6,7 +6,6 @@ import argparse
 import os
 import platform
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,10 @@ def run(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Everything `nf info` tells, as plain data; sizes in bytes."""
+    from nf.device_choice import gpu_devices
     from nf.kernels.compile import cache_dir
 
-    gpus, no_gpu = gpu_devices()
+    gpus, _ = gpu_devices()
     return {
         "versions": {
             "nf": _version("nf"),
@@ -55,56 +55,26 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": {"name": _cpu_name(), "cores": _cpu_cores(), "memory": _cpu_memory(), "blas": _blas()},
         "gpus": gpus,
-        "executor": _executor(gpus, no_gpu),
+        "executor": _executor(),
+        "kernels": _kernels(),
         "cache_dir": str(cache_dir()),
         "bundled_model": _bundled_model(),
     }
 
 
-def gpu_devices() -> tuple[list[dict[str, Any]], str | None]:
-    """The GPUs cuda-python sees, and if there are none, why not in a few words."""
-    try:
-        driver: Any = import_module("cuda.bindings.driver")
-    except ImportError:
-        return [], "cuda-python is not installed (pip install 'nf[cuda]')"
-    try:
-        _call(driver.cuInit, 0)
-        devices = [_call(driver.cuDeviceGet, i) for i in range(_call(driver.cuDeviceGetCount))]
-        cuda = _call(driver.cuDriverGetVersion)
-        found = [_gpu(driver, device, cuda) for device in devices]
-    except Exception as error:  # no driver library, no device, a driver too old: each has its own type
-        return [], f"the CUDA driver cannot be used ({str(error).partition('. ')[0]})"
-    return found, None if found else "the CUDA driver shows no device"
+def _executor() -> dict[str, str]:
+    """What `--device auto` comes to here, for a model that there are kernels for."""
+    from nf.device_choice import choose_device
+
+    choice = choose_device("auto")
+    return {"name": choice.name, "reason": choice.reason}
 
 
-def _gpu(driver: Any, device: Any, cuda: int) -> dict[str, Any]:
-    attribute = driver.CUdevice_attribute
+def _kernels() -> str:
+    """Where compiled kernels come from."""
+    from nf.device_choice import kernels_origin, kernels_problem
 
-    def get(name: str) -> int:
-        return int(_call(driver.cuDeviceGetAttribute, getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), device))
-
-    return {
-        "name": _call(driver.cuDeviceGetName, 256, device).rstrip(b"\0").decode(),
-        "compute_capability": f"{get('COMPUTE_CAPABILITY_MAJOR')}.{get('COMPUTE_CAPABILITY_MINOR')}",
-        "sms": get("MULTIPROCESSOR_COUNT"),
-        "memory": int(_call(driver.cuDeviceTotalMem, device)),
-        "driver_cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
-    }
-
-
-def _call(function: Any, *args: Any) -> Any:
-    """A driver call: its result, or RuntimeError with the error's name."""
-    error, *result = function(*args)
-    if int(error) != 0:
-        raise RuntimeError(getattr(error, "name", str(error)))
-    return result[0] if result else None
-
-
-def _executor(gpus: list[dict[str, Any]], no_gpu: str | None) -> dict[str, str]:
-    """What `--device auto` comes to here."""
-    if gpus:
-        return {"name": "cpu", "reason": f"{gpus[0]['name']} is there, but this version of nf has no GPU executor yet"}
-    return {"name": "cpu", "reason": f"no GPU: {no_gpu}"}
+    return kernels_problem() or kernels_origin()
 
 
 def _bundled_model() -> dict[str, Any] | None:
@@ -167,6 +137,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     model = found["bundled_model"]
     rows += [
         ("executor", f"{found['executor']['name']}: {found['executor']['reason']}"),
+        ("kernels", found["kernels"]),
         ("cache", found["cache_dir"]),
         ("bundled model", f"{model['name']}, {_size(model['size'])}, {model['path']}" if model else "missing"),
     ]

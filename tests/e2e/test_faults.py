@@ -312,12 +312,12 @@ def test_out_of_memory_at_load(
 ) -> None:
     """Out of memory at load: needed against free in the message, exit code not 0."""
     command = ["generate", str(model_dir), "-p", "x"]
-    monkeypatch.setattr("nf.loading.free_ram", lambda: 3 << 15)
+    monkeypatch.setattr("nf.backends.free_ram", lambda: 3 << 15)
     assert main(command) == 2
     assert capsys.readouterr().err == (
         f"nf generate: {model_dir}: its weights need 0.1 MiB in float32, and 0.1 MiB are free\n"
     )
-    monkeypatch.setattr("nf.loading.free_ram", lambda: 1 << 30)
+    monkeypatch.setattr("nf.backends.free_ram", lambda: 1 << 30)
     monkeypatch.setattr("nf.memory_budget.free_ram", lambda: 600_000)
     assert main(command) == 2
     sentence = (

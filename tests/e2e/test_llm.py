@@ -224,7 +224,7 @@ def test_wrong_options_are_found_before_the_weights_are_read(
     def no_weights(*_: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("nf.loading.load_weights", no_weights)
+    monkeypatch.setattr("nf.backends.load_weights", no_weights)
     with pytest.raises(kind, match=message):
         LLM(str(model_dir), **options)
 
@@ -264,7 +264,7 @@ def test_paths_are_names_too(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_weights_beyond_memory_are_refused_with_both_numbers(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nf.loading.free_ram", lambda: 1000)
+    monkeypatch.setattr("nf.backends.free_ram", lambda: 1000)
     with pytest.raises(ModelError, match=r"its weights need .* MiB in float32, and .* MiB are free"):
         LLM(str(model_dir))
 

@@ -477,10 +477,9 @@ def test_progress_bar_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> No
     ("options", "message"),
     [
         ({"max_seqs": 4}, "max_seqs: is not an option; did you mean max_num_seqs"),
-        ({"device": "cuda"}, "device: this build of nf has only the CPU executor"),
         ({"device": "tpu"}, "device: must be one of auto, cpu, cuda, not 'tpu'"),
         ({"dtype": "int8"}, "dtype: must be one of auto, bfloat16, float16, float32, not 'int8'"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size: must be 1 on the CPU, not 2"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: must be 1, a model runs on one device, not 2"),
         ({"max_num_seqs": 0}, "max_num_seqs: must be an integer of at least 1, not 0"),
         ({"page_size": 2.5}, "page_size: must be an integer of at least 1, not 2.5"),
         ({"seed": -1}, "seed: must be an integer of at least 0"),

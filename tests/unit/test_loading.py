@@ -1,0 +1,203 @@
+"""What a model's name and options come to: random weights, defaults of each device, the sizes that are resolved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_doubles import byte_tokenizer_spec
+from small_models import write_model
+
+import nf.backends
+import nf.loading
+from nf.backends import GpuBackend
+from nf.config import ModelConfig
+from nf.device_choice import DeviceChoice
+from nf.errors import InputError, ModelError
+from nf.executors import gpu, gpu_weights
+from nf.llm import LLM
+from nf.loading import Loaded, load
+from nf.models import shapes
+from nf.models.registry import declare
+from nf.sampling_params import SamplingParams
+from nf.weights import random_weights
+
+SMALL = ModelConfig("Qwen2ForCausalLM", 512, 128, 192, 2, 4, 2, 64, 1e-6, 256, qkv_bias=True, eos_token_ids=(7,))
+
+
+@pytest.fixture
+def small_shape(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A shape that is drawn in no time, among the well-known ones."""
+    monkeypatch.setattr(shapes, "SHAPES", {**shapes.SHAPES, "small": SMALL})
+    monkeypatch.setattr(nf.loading, "SHAPES", shapes.SHAPES)
+    return "small"
+
+
+def closing(loaded: Loaded) -> Loaded:
+    loaded.executor.close()
+    return loaded
+
+
+def test_a_shape_alone_runs_with_random_weights(small_shape: str) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    with LLM(small_shape, device="cpu", random_weights=True) as llm, pytest.raises(InputError, match="tokenizer"):
+        llm.generate("text")
+    found = []
+    for seed in (0, 0, 1):
+        with LLM(small_shape, device="cpu", random_weights=True, seed=seed) as llm:
+            found.append(llm.generate([[1, 2, 3]], params)[0].outputs[0].token_ids)
+    assert len(found[0]) == 5
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_shape_takes_a_tokenizer_that_is_named(small_shape: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer_spec())
+    loaded = closing(load(small_shape, device="cpu", random_weights=True, tokenizer=tmp_path))
+    assert loaded.tokenizer is not None
+    with pytest.raises(InputError, match=r"^chat_template: cannot be used together with a shape alone; name"):
+        load(small_shape, device="cpu", random_weights=True, chat_template="x")
+
+
+def test_a_directory_with_random_weights_is_not_read_for_them(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    (path / "model.safetensors").unlink()
+    assert closing(load(path, device="cpu", random_weights=True)).tokenizer is not None
+    with pytest.raises(ModelError, match="holds neither"):
+        load(path, device="cpu")
+
+
+def test_a_directory_goes_before_a_shape_of_its_name(
+    small_shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / small_shape)
+    monkeypatch.chdir(tmp_path)
+    assert closing(load(small_shape, device="cpu", random_weights=True)).model_config.vocab_size == 260
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (
+            "llama-3-9b",
+            {"random_weights": True},
+            "^llama-3-9b: with random weights a model is .* one of llama-3-8b",
+        ),
+        ("llama-3-8b", {}, "^llama-3-8b: is neither a directory, a hub name"),
+        ("llama-3-8b", {"random_weights": "yes"}, "^random_weights: must be true or false, not 'yes'"),
+        ("small", {"random_weights": True, "max_num_seqs": 2.5}, "^max_num_seqs: must be an integer"),
+    ],
+)
+@pytest.mark.usefixtures("small_shape")
+def test_what_cannot_be_loaded(model: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(model, device="cpu", **options)
+
+
+def test_random_weights_have_their_moments() -> None:
+    weights = random_weights(declare(SMALL), 3, np.dtype(np.float32))
+    matrices = [weights.embed, weights.lm_head, *(layer["gate_up_proj"] for layer in weights.layers)]
+    for matrix in matrices:
+        assert abs(matrix.std() / 0.02 - 1) < 0.05
+        assert abs(matrix.mean()) < 0.02 * 5 / matrix.size**0.5
+    assert len({matrix.ravel()[0] for matrix in matrices}) == len(matrices)
+    assert all((layer["attn_norm"] == 1).all() and (layer["qkv_bias"] == 0).all() for layer in weights.layers)
+    assert (weights.final_norm == 1).all()
+
+
+def test_what_is_told_of_the_start(small_shape: str) -> None:
+    loaded = closing(load(small_shape, device="cpu", random_weights=True))
+    assert set(loaded.startup) == {"text", "device", "weights", "executor"}
+    assert all(seconds >= 0 for seconds in loaded.startup.values())
+    assert loaded.device_reason == "it was asked for"
+
+
+def test_no_more_sequences_than_rows(small_shape: str) -> None:
+    loaded = closing(load(small_shape, device="cpu", random_weights=True))
+    assert loaded.config.max_num_seqs == 256
+    loaded = closing(load(small_shape, device="cpu", random_weights=True, max_num_batched_tokens=100))
+    assert loaded.config.max_num_seqs == 100
+
+
+class Gpu:
+    """A GPU of 16 GiB as far as loading sees it: sizes and calls are real, memory and kernels are not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[Any] = []
+        self.fails = False
+        device = SimpleNamespace(sms=132, memory=lambda: (15 << 30, 16 << 30))
+        monkeypatch.setattr("nf.kernels.device.Device", lambda: device)
+        monkeypatch.setattr(nf.loading, "choose_device", lambda *_: DeviceChoice("cuda", "a GPU is there"))
+        monkeypatch.setattr(gpu, "GpuExecutor", self.executor)
+        monkeypatch.setattr(gpu_weights, "load_device_weights", lambda _model, path: self.weights(path))
+        monkeypatch.setattr(gpu_weights, "random_device_weights", lambda _model, seed: self.weights(seed))
+
+    def weights(self, source: Any) -> Any:
+        self.calls.append(source)
+        return SimpleNamespace(free=lambda: self.calls.append("freed"))
+
+    def executor(self, model: Any, weights: Any, plan: Any, *, device: Any, **sizes: Any) -> Any:
+        assert (model.config.head_dim, plan.dense_batch_size, device.sms) == (64, 2048, 132)
+        assert weights
+        if self.fails:
+            raise RuntimeError("no")
+        return SimpleNamespace(startup={"kernels": 0.5, "capture": 1.5}, **sizes)
+
+
+@pytest.fixture
+def the_gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    return Gpu(monkeypatch)
+
+
+def test_the_gpu_gets_its_own_defaults_and_sizes(the_gpu: Gpu, small_shape: str) -> None:
+    loaded = load(small_shape, random_weights=True, seed=5)
+    config = loaded.config
+    assert (config.device, config.dtype, config.max_num_seqs, config.page_size) == ("cuda", "bfloat16", 1024, 16)
+    assert config.num_pages == 1024 * 256 // 16  # 2 · 2 layers · 2 heads · 64 · 2 bytes · 16 tokens: all fit
+    assert config.num_host_pages == 0
+    executor: Any = loaded.executor
+    assert (executor.num_pages, executor.max_num_seqs, executor.max_model_len) == (config.num_pages, 1024, 256)
+    assert the_gpu.calls == [5]
+    assert set(loaded.startup) == {"text", "device", "weights", "kernels", "capture"}
+    assert loaded.device_reason == "a GPU is there"
+
+
+def test_the_gpu_reads_the_directory(the_gpu: Gpu, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", head_dim=64)
+    load(path)
+    assert the_gpu.calls == [path]
+
+
+def test_weights_are_freed_if_the_executor_cannot_be_made(the_gpu: Gpu, small_shape: str) -> None:
+    the_gpu.fails = True
+    with pytest.raises(RuntimeError, match="no"):
+        load(small_shape, random_weights=True)
+    assert the_gpu.calls == [0, "freed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "^dtype: must be auto or bfloat16 on a GPU, not float16; device='cpu' takes it"),
+        ({"page_size": 8}, "^page_size: must be one of 16, 32, 64 on a GPU, not 8; device='cpu' takes any"),
+        (
+            {"gpu_memory_utilization": 0.05},
+            "^gpu_memory_utilization: 0.05 of 16,384 MiB is not enough for 1,024",
+        ),
+        ({"num_pages": 1 << 20}, "^num_pages: 1048576 KV pages of 16 tokens need"),
+    ],
+)
+def test_what_the_gpu_does_not_take(the_gpu: Gpu, small_shape: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(small_shape, random_weights=True, **options)
+    assert the_gpu.calls == []
+
+
+def test_the_backends_unit_of_preemption_is_time(the_gpu: Gpu, small_shape: str) -> None:
+    assert the_gpu.calls == []
+    config = load(small_shape, random_weights=True).config
+    swap, recompute = GpuBackend().preemption_costs(config, declare(SMALL))
+    assert 0 < swap < 1e-3
+    assert 0 < recompute < 1e-3
