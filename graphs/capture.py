@@ -8,10 +8,11 @@ layers is launched on the lane that the graph begins and ends on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from itertools import chain
 
 from nf.graphs.partition import Lane
-from nf.graphs.unroll import LayerStep
+from nf.graphs.unroll import LayerStep, cross_stream_waits
 from nf.kernels.device import Event, checked
 
 LaunchStep = Callable[[LayerStep, Lane, bool], None]
@@ -80,7 +81,7 @@ def capture(
     checked(driver.cuStreamBeginCapture(origin, modes.CU_STREAM_CAPTURE_MODE_RELAXED))
     try:
         begin(origin)
-        _Capture(steps, lanes, origin).run(launch)
+        _launch_all(steps, lanes, origin, launch)
         finish(origin)
     except BaseException:
         driver.cuStreamEndCapture(origin)  # answers with the error that is on its way already
@@ -88,49 +89,33 @@ def capture(
     return Graph(checked(driver.cuStreamEndCapture(origin)))
 
 
-@dataclass
-class _Capture:
-    steps: Sequence[LayerStep]
-    lanes: Sequence[Lane]
-    origin: int
+def _launch_all(steps: Sequence[LayerStep], lanes: Sequence[Lane], origin: int, launch: LaunchStep) -> None:
+    """Fork from ``origin`` to the lanes, launch every step once what it waits for has been recorded, and join."""
+    others = [lane.stream for lane in lanes if lane.stream != origin]
+    with ExitStack() as events:  # a graph keeps their edges, not them
 
-    def run(self, launch: LaunchStep) -> None:
-        others = [lane.stream for lane in self.lanes if lane.stream != self.origin]
-        events: dict[int, Event] = {}
-        fork = Event()
+        def mark(stream: int) -> Event:
+            event = Event()
+            events.callback(event.free)
+            event.record(stream)
+            return event
+
         if others:
-            fork.record(self.origin)
-        for stream in others:
-            fork.block(stream)
-        joined = {lane.stream for lane in self.lanes if lane.stream != self.origin}  # since their last kernel
-        seen: dict[tuple[int, int], int] = {}  # (lane, other lane) → latest step of the other that was waited for
-        needed = self._needed_elsewhere()
-        for index, step in enumerate(self.steps):
-            lane = self.lanes[step.stream]
-            for other in step.depends_on:
-                across = step.stream, self.steps[other].stream
-                if across[0] != across[1] and seen.get(across, -1) < other:
-                    events[other].block(lane.stream)
-                    seen[across] = other
-                    joined.add(lane.stream)
-            launch(step, lane, lane.stream not in joined)
-            joined.discard(lane.stream)
+            fork = mark(origin)
+            for stream in others:
+                fork.block(stream)
+        waits = cross_stream_waits(steps)
+        needed = set(chain.from_iterable(waits))
+        marks: dict[int, Event] = {}
+        waited = set(others)  # lanes that wait for something since their last kernel
+        for index, step in enumerate(steps):
+            lane = lanes[step.stream]
+            for other in waits[index]:
+                marks[other].block(lane.stream)
+                waited.add(lane.stream)
+            launch(step, lane, lane.stream not in waited)
+            waited.discard(lane.stream)
             if index in needed:
-                events[index] = Event()
-                events[index].record(lane.stream)
+                marks[index] = mark(lane.stream)
         for stream in others:
-            join = Event()
-            join.record(stream)
-            join.block(self.origin)
-            join.free()
-        for event in (fork, *events.values()):  # the graph keeps edges, not events
-            event.free()
-
-    def _needed_elsewhere(self) -> set[int]:
-        """Steps that one on another lane depends on."""
-        return {
-            other
-            for step in self.steps
-            for other in step.depends_on
-            if self.steps[other].stream != step.stream
-        }  # fmt: skip
+            mark(stream).block(origin)
