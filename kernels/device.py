@@ -49,7 +49,7 @@ class Device:
         self.handle = checked(driver.cuDeviceGet(ordinal))
         self._context = checked(driver.cuDevicePrimaryCtxRetain(self.handle))
         self.use()
-        self.name: str = checked(driver.cuDeviceGetName(256, self.handle)).rstrip(b"\0").decode()
+        self.name: str = checked(driver.cuDeviceGetName(256, self.handle)).partition(b"\0")[0].decode()
         self.sms = self._attribute("MULTIPROCESSOR_COUNT")
         capability = self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
         self.compute_capability = capability

@@ -149,7 +149,7 @@ def _gpu(driver: Any, device: Any, cuda: int) -> dict[str, Any]:
         return int(_call(driver.cuDeviceGetAttribute, getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), device))
 
     return {
-        "name": _call(driver.cuDeviceGetName, 256, device).rstrip(b"\0").decode(),
+        "name": _call(driver.cuDeviceGetName, 256, device).partition(b"\0")[0].decode(),
         "compute_capability": f"{get('COMPUTE_CAPABILITY_MAJOR')}.{get('COMPUTE_CAPABILITY_MINOR')}",
         "sms": get("MULTIPROCESSOR_COUNT"),
         "memory": int(_call(driver.cuDeviceTotalMem, device)),

@@ -155,7 +155,8 @@ class Driver(ModuleType):
         self.cuDeviceGetCount = lambda: (0, 1)
         self.cuDeviceGet = lambda ordinal: (0, ordinal)
         self.cuDriverGetVersion = lambda: (0, 13010)
-        self.cuDeviceGetName = lambda length, _device: (0, b"NVIDIA H200".ljust(length, b"\0"))
+        # As the driver fills it: what stands after the end of the name is anything.
+        self.cuDeviceGetName = lambda length, _device: (0, b"NVIDIA H200\0".ljust(length - 1, b"\0") + b"\n")
         self.cuDeviceTotalMem = lambda _device: (0, 141 << 30)
         self.cuDeviceGetAttribute = lambda attribute, _device: (0, attribute)
 
