@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nf.bench.measure import RUN_SECONDS, WARM_SECONDS, Measurement, energy
+from nf.bench.card import energy
+from nf.bench.measure import RUN_SECONDS, WARM_SECONDS, Measurement
 from nf.executors.base import Executor, StepHandle
 from nf.scheduler.batch import Batch, PromptLogprobsBatch, SamplingBatch
 

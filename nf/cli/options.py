@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
 
-from nf.config import Device, DType
+from nf.config import Device, DType, Preemption
 from nf.errors import InputError
 from nf.sampling_params import SamplingParams
 
@@ -63,10 +63,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     _number(group, "--max-model-len", _integer, "N", "most tokens of prompt and text together")
     _number(group, "--max-num-seqs", _integer, "N", "most sequences running at a time")
     _number(group, "--max-num-batched-tokens", _integer, "N", "size of the dense batch, tokens per step")
+    _number(group, "--gpu-memory-utilization", _real, "X", "share of the GPU's memory to use")
+    _number(group, "--page-size", _integer, "N", "tokens per page of the KV cache")
+    _number(group, "--num-pages", _integer, "N", "pages of the KV cache (default: what memory allows)")
+    _number(group, "--num-host-pages", _integer, "N", "pages in RAM for preempted sequences")
+    group.add_argument("--preemption", choices=get_args(Preemption), metavar="NAME", help="auto, swap or recompute")
+    _number(group, "--tensor-parallel-size", _integer, "N", "GPUs that share the model")
     group.add_argument("--plan", metavar="NAME|FILE", help="pipeline plan: a built-in name or a JSON file")
 
 
-ENGINE_OPTIONS = ("device", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "plan")
+ENGINE_OPTIONS = (
+    "device", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "page_size",
+    "num_pages", "num_host_pages", "preemption", "tensor_parallel_size", "plan",
+)  # fmt: skip
 _FLAGS = frozenset({*ENGINE_OPTIONS, *SamplingParams.__dataclass_fields__, "chat_template"})
 
 
