@@ -68,7 +68,7 @@ def _handle(ordinal: int) -> ctypes.c_void_p | None:
     address = _driver(lambda driver: driver.cuDeviceGetPCIBusId(_ADDRESS_CHARS, driver.cuDeviceGet(ordinal)[1]))
     if nvml is None or address is None:
         return None
-    if nvml.nvmlDeviceGetHandleByPciBusId_v2(address.rstrip(b"\0"), ctypes.byref(device)):
+    if nvml.nvmlDeviceGetHandleByPciBusId_v2(address.partition(b"\0")[0], ctypes.byref(device)):
         return None
     return device
 

@@ -30,16 +30,16 @@ def measure_ceilings(config: ModelConfig, rows: int, gpus: int = 1) -> Ceilings:
     from nf.bench.gemm_cases import Products
     from nf.bench.kernels import Bench
     from nf.bench.measure import measure
-    from nf.kernels import gemm, stream_read
+    from nf.kernels import gemm, stream
 
-    bench = Bench([*gemm.sources(), *stream_read.sources()])
+    bench = Bench([*gemm.sources(), stream.READ])
     products = Products(bench, layer_shapes(config))
     runs = [measure([call]) for call in (products.ours(rows, bench.sms), products.cublas(rows))]
     best = min(runs, key=lambda run: run.seconds)
     memory = bench.normal(READ_BYTES // 2)
-    (artifact,) = bench.artifacts(stream_read.sources())
-    ring = stream_read.StreamRead(artifact)
-    read = measure([lambda stream: ring(memory.data.ptr, READ_BYTES, sms=bench.sms, stream=stream)])
+    (artifact,) = bench.artifacts([stream.READ])
+    ring = stream.StreamRead(artifact)
+    read = measure([lambda on: ring(memory.data.ptr, READ_BYTES, sms=bench.sms, stream=on)])
     flop = rows * products.bytes  # two operations per weight of two bytes
     return Ceilings(
         flops=gpus * flop / best.seconds,
