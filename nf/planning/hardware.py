@@ -168,7 +168,7 @@ def current_gpu(*, field: str = "--gpu") -> Accelerator:
 
 
 def _read(driver: Any, device: Any) -> Accelerator:
-    name = _call(driver.cuDeviceGetName, 256, device).rstrip(b"\0").decode()
+    name = _call(driver.cuDeviceGetName, 256, device).partition(b"\0")[0].decode()
     memory = float(_call(driver.cuDeviceTotalMem, device))
     for known in ACCELERATORS.values():
         if known.driver_name == name:
