@@ -7,6 +7,7 @@ from nf.config import ModelConfig
 from nf.errors import NfError
 
 READ_BYTES = 2 << 30
+WARM_SECONDS, RUN_SECONDS = 1.0, 2.0  # the energy counter moves ten times a second
 
 
 def measure_ceilings(config: ModelConfig, rows: int, gpus: int = 1) -> Ceilings:
@@ -29,17 +30,19 @@ def measure_ceilings(config: ModelConfig, rows: int, gpus: int = 1) -> Ceilings:
     from nf.bench.card import power_cap
     from nf.bench.gemm_cases import Products
     from nf.bench.kernels import Bench
-    from nf.bench.measure import measure
+    from nf.bench.measure import Call, measure
     from nf.kernels import gemm, stream
 
     bench = Bench([*gemm.sources(), stream.READ])
     products = Products(bench, layer_shapes(config))
-    runs = [measure([call]) for call in (products.ours(rows, bench.sms), products.cublas(rows))]
+    calls = (products.ours(rows, bench.sms), products.cublas(rows))
+    runs = [measure([call], warm=WARM_SECONDS, run=RUN_SECONDS) for call in calls]
     best = min(runs, key=lambda run: run.seconds)
     memory = bench.normal(READ_BYTES // 2)
     (artifact,) = bench.artifacts([stream.READ])
     ring = stream.StreamRead(artifact)
-    read = measure([lambda on: ring(memory.data.ptr, READ_BYTES, sms=bench.sms, stream=on)])
+    reads: list[Call] = [lambda on: ring(memory.data.ptr, READ_BYTES, sms=bench.sms, stream=on)]
+    read = measure(reads, warm=WARM_SECONDS, run=RUN_SECONDS)
     flop = rows * products.bytes  # two operations per weight of two bytes
     return Ceilings(
         flops=gpus * flop / best.seconds,

@@ -115,6 +115,8 @@ def test_lengths_from_a_trace(tmp_path: Path) -> None:
         (["throughput", "--json", "/no/such/folder/x"], "--json: /no/such/folder/x cannot be written"),
         (["throughput", "--shape", "llama-3-8b"], "--shape: names a model without weights; add --random-weights"),
         (["throughput", "--input-len", "1020", "--output-len", "5"], "--max-model-len: 1024 tokens, and the longest"),
+        (["throughput", "--num-pages", "0"], "--num-pages: must be an integer of at least 1, not 0"),
+        (["throughput", "--random-weights", "--shape", "llama-3"], "llama-3: with random weights a model is"),
         (["latency", "--request-rate", "1", "0"], "--request-rate: must be above 0, not 0"),
         (["latency", "--request-rate", "nan"], "--request-rate: must be above 0, not nan"),
     ],
