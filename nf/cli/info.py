@@ -7,7 +7,10 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nf.config import ModelConfig
 
 _PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "minijinja", "tqdm", "huggingface_hub")
 _CUDA_PACKAGES = ("cuda-python", "cuda-bindings", "cuda-core", "cupy-cuda13x", "nvidia-cutlass-dsl")
@@ -15,6 +18,7 @@ _CUDA_PACKAGES = ("cuda-python", "cuda-bindings", "cuda-core", "cupy-cuda13x", "
 _EPILOG = """\
 examples:
   nf info
+  nf info meta-llama/Meta-Llama-3-8B            which executor would run it, and why
   nf info --json | jq .executor
 """
 
@@ -26,11 +30,17 @@ def add_parser(subparsers: Any) -> None:
         description="Say what nf finds on this machine, and which executor would run a model, and why.",
         epilog=_EPILOG,
     )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a directory, a Hugging Face name or a well-known shape; without: any that there are GPU kernels for",
+    )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    found = collect()
+    found = collect(args.model)
     if args.json:
         import json
 
@@ -40,8 +50,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def collect() -> dict[str, Any]:
-    """Everything `nf info` tells, as plain data; sizes in bytes."""
+def collect(model: str | None = None) -> dict[str, Any]:
+    """Everything `nf info` tells, as plain data; sizes in bytes.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be run at all.
+    """
     from nf.device_choice import gpu_devices
     from nf.kernels.compile import cache_dir
 
@@ -55,19 +69,30 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": {"name": _cpu_name(), "cores": _cpu_cores(), "memory": _cpu_memory(), "blas": _blas()},
         "gpus": gpus,
-        "executor": _executor(),
+        "executor": _executor(model),
         "kernels": _kernels(),
         "cache_dir": str(cache_dir()),
         "bundled_model": _bundled_model(),
     }
 
 
-def _executor() -> dict[str, str]:
-    """What `--device auto` comes to here, for a model that there are kernels for."""
+def _executor(model: str | None) -> dict[str, str]:
+    """What `--device auto` comes to here."""
     from nf.device_choice import choose_device
+    from nf.models.registry import declare
 
-    choice = choose_device("auto")
+    choice = choose_device("auto", None if model is None else declare(_config(model)))
     return {"name": choice.name, "reason": choice.reason}
+
+
+def _config(model: str) -> ModelConfig:
+    from nf.hub import resolve_model
+    from nf.models.hf_config import read_config
+    from nf.models.shapes import SHAPES
+
+    if model in SHAPES and not os.path.isdir(model):
+        return SHAPES[model]
+    return read_config(resolve_model(model, config_only=True))
 
 
 def _kernels() -> str:

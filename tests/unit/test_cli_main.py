@@ -188,6 +188,27 @@ def test_info_says_why_there_is_no_gpu(
     assert why in found["executor"]["reason"]
 
 
+@pytest.mark.parametrize("model", ["llama-3-8b", "nf-tiny"])
+def test_info_about_a_model(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", model]) == 0
+    assert "executor      cpu: no GPU" in capsys.readouterr().out
+
+
+def test_info_about_a_model_without_gpu_kernels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_driver(monkeypatch, Driver())
+    monkeypatch.setattr("nf.device_choice._gpu_problem", lambda _gpu: None)
+    monkeypatch.setattr("nf.device_choice.kernels_problem", lambda: None)
+    assert main(["info", "llama-3.1-405b", "--json"]) == 0
+    executor = json.loads(capsys.readouterr().out)["executor"]
+    assert executor["name"] == "cpu"
+    assert "must be 1 to 8 times num_kv_heads (8), not 128" in executor["reason"]
+    assert main(["info", "llama-3-8b", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["executor"]["name"] == "cuda"
+    assert main(["info", "no/such/model", "--json"]) == 2
+
+
 def test_info_as_text_and_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NF_CACHE_DIR", "/somewhere/else")
     assert main(["info", "--json"]) == 0
