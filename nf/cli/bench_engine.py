@@ -81,8 +81,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def throughput(args: argparse.Namespace) -> int:
     """Measure throughput; every error of the options is found before the model is loaded."""
-    workload = _workload(args)
-    subject = _subject(args, workload)
+    subject, workload = _prepare(args)
     from nf.bench.engine import describe, finite
     from nf.bench.environment import environment
     from nf.bench.report import throughput_lines
@@ -110,8 +109,7 @@ def latency(args: argparse.Namespace) -> int:
     for rate in args.request_rate:
         if not 0 < rate < float("inf"):
             raise InputError("--request-rate", f"must be above 0, not {rate:g}")
-    workload = _workload(args)
-    subject = _subject(args, workload)
+    subject, workload = _prepare(args)
     from nf.bench.engine import describe
     from nf.bench.environment import environment
 
@@ -144,27 +142,24 @@ async def _rates(
     return results
 
 
-def _workload(args: argparse.Namespace) -> Workload:
+def _prepare(args: argparse.Namespace) -> tuple[Subject, Workload]:
+    """The model, loaded, and its work; what can be wrong with the options is said before."""
+    start = time.perf_counter()
+    from nf.bench.engine import subject
+
+    imported = time.perf_counter() - start
     if getattr(args, "num_warmups", 1) < 1:
         raise InputError("--num-warmups", f"must be at least 1, not {args.num_warmups}")
     for flag, path in (("--json", args.json), ("--trace-out", getattr(args, "trace_out", None))):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise InputError(flag, f"{path} cannot be written: it is a folder or its folder is not there")
-    return read_workload(args)
-
-
-def _subject(args: argparse.Namespace, workload: Workload) -> Subject:
     if args.shape is not None and not args.random_weights:
         raise InputError("--shape", "names a model without weights; add --random-weights")
-    options = engine_options(args)
+    workload, options = read_workload(args), engine_options(args)
     if args.random_weights:
         options["random_weights"] = True
     if not args.detokenize:
         options["skip_tokenizer_init"] = True
-    start = time.perf_counter()
-    from nf.bench.engine import subject
-
-    imported = time.perf_counter() - start
     with named_by_flag():
         loaded = subject(_name(args), imported, **options)
     try:
@@ -174,7 +169,7 @@ def _subject(args: argparse.Namespace, workload: Workload) -> Subject:
     except InputError:
         loaded.log.close()
         raise
-    return loaded
+    return loaded, workload
 
 
 def _ceilings(subject: Subject) -> Any:
