@@ -3,7 +3,8 @@
 // Noise is drawn for every token that is kept, but its two logarithms are worked out for few. With u uniform, a token of
 // weight p = exp(logit/T) ≤ 1 beats the score b only if −log u ≤ p·exp(−b), and −log u ≥ 1 − u. So 1 − u ≤ exp(−b) is
 // asked of all, as a comparison of integers, then 1 − u ≤ p·exp(−b), with margins for rounding. The few that pass are
-// scored exactly and lower the bar exp(−b) for the rest.
+// scored exactly and lower the bar exp(−b) for the rest. The highest score of tokens that weigh W together exceeds
+// log(W / r) but with probability exp(−r), so the bar begins at r / W; should the winner miss that, all is done again.
 #pragma once
 #include "philox.cuh"
 #include "select.cuh"
@@ -56,6 +57,7 @@ struct Cut {
     float floor = -INFINITE; // logits below have no weight
     int tie = -1;            // tokens up to this id are kept if they equal `high`
     bool draw = true;
+    float all = 0;           // weight of all; 0: not known
 };
 
 struct Sums {
@@ -67,56 +69,102 @@ __device__ __forceinline__ Sums operator+(const Sums& a, const Sums& b) {
     return {a.count + b.count, 0, a.kept + b.kept, a.all + b.all};
 }
 
+// What the upper bits of some noise must reach at least for a token to pass a bar below 1.
+__device__ __forceinline__ uint32_t least_word(float bar) {
+    return bar < 0.9f ? ~(static_cast<uint32_t>(bar * 0x1p32f) + 4096u) : 0;
+}
+
 // One pass over the row. FILTERED also sums weights and fills the list, which must be clear.
 template <bool FILTERED, class Row>
 __device__ __forceinline__ Sums draw_pass(
-    const Row& row, Shared& shared, const Choice& choice, const Weight& weight, const Cut& cut, Best& best) {
+    const Row& row, Shared& shared, Stream& stream, const Choice& choice, const Weight& weight, const Cut& cut, float bar,
+    Best& best, const Source& then) {
     constexpr float MARGIN = 1.0001f, NEAR_ONE = 1.0f + 4e-7f;
-    if (threadIdx.x == 0) shared.bar = INFINITE_BITS, shared.least_word = 0;
+    constexpr int GROUP = 8 / Row::WIDTH;  // vectors whose noise is worked out together
+    if (threadIdx.x == 0) {
+        shared.bar = __float_as_uint(bar * MARGIN);
+        shared.least_word = least_word(bar * MARGIN);
+    }
     __syncthreads();
     const Philox noise = choice.noise;
     const float high_before_tie = next_below(cut.high);
-    const volatile uint32_t* const bar = &shared.bar;
-    const volatile uint32_t* const least_word = &shared.least_word;
-    float kept = 0, all = 0;
-    uint32_t count = 0;
-    sweep(row, shared, [&](int id, const float (&x)[Row::WIDTH]) {
-        const float high = FILTERED && id + Row::WIDTH - 1 <= cut.tie ? high_before_tie : cut.high;
-        if constexpr (FILTERED) {
-            bool some = false;
+    const volatile uint32_t* const lowest_bar = &shared.bar;
+    const volatile uint32_t* const least = &shared.least_word;
+    const bool sum_all = FILTERED && cut.all == 0;
+    // A quick test of whether a logit is listed: its distance from the middle of the range. Arithmetic rather than logic, of
+    // which a thread has little: predicates are few.
+    const float upper = fminf(cut.high, weight.top);
+    const bool lists = cut.low <= upper;
+    const float middle = lists ? 0.5f * cut.low + 0.5f * upper : 0.0f;
+    const float reach = lists ? 0.5f * (upper - cut.low) + 1e-6f * fmaxf(fabsf(cut.low), fabsf(upper)) : -1.0f;
+    float kept = 0, all = 0, count = 0;
+    stream.batches(row, then, [&](const Batch<Row>& batch) {
+        const auto& x = batch.x;
 #pragma unroll
-            for (int j = 0; j < Row::WIDTH; ++j) {
-                const bool above = x[j] > high;
-                const float w = weight(x[j]);
-                all += x[j] >= cut.floor ? w : 0.0f;
-                kept += above ? w : 0.0f;
+        for (int first = 0; first < VECTORS; first += GROUP) {
+            auto id_of = [&](int i) { return batch.id + (first + i) * batch.STRIDE; };
+            float high[GROUP];
+#pragma unroll
+            for (int i = 0; i < GROUP; ++i)
+                high[i] = FILTERED && id_of(i) + Row::WIDTH - 1 <= cut.tie ? high_before_tie : cut.high;
+            if constexpr (FILTERED) {
+                float above = 0, nearest = INFINITE;
+#pragma unroll
+                for (int i = 0; i < GROUP; ++i) {
+#pragma unroll
+                    for (int j = 0; j < Row::WIDTH; ++j) {
+                        const float value = x[first + i][j];
+                        const float one = value > high[i] ? 1.0f : 0.0f;
+                        kept = fmaf(weight(value), one, kept);
+                        above += one;
+                        nearest = fminf(nearest, fabsf(value - middle));
+                    }
+                }
                 count += above;
-                if (!above && x[j] >= cut.low) push(shared, x[j], id + j);
-                some |= above;
+                if (sum_all) {
+#pragma unroll
+                    for (int i = 0; i < GROUP; ++i) {
+#pragma unroll
+                        for (int j = 0; j < Row::WIDTH; ++j)
+                            all += x[first + i][j] >= cut.floor ? weight(x[first + i][j]) : 0.0f;
+                    }
+                }
+                if (nearest <= reach) {
+#pragma unroll
+                    for (int i = 0; i < GROUP; ++i) {
+#pragma unroll
+                        for (int j = 0; j < Row::WIDTH; ++j) {
+                            const float value = x[first + i][j];
+                            if (!(value > high[i]) && value >= cut.low) push(shared, value, id_of(i) + j);
+                        }
+                    }
+                }
+                if (!cut.draw || !__any_sync(~0u, above > 0)) continue;
             }
-            if (!cut.draw || !__any_sync(~0u, some)) return;
-        }
-        uint32_t words[Row::WIDTH], most = 0;
-        noise.words<Row::WIDTH / 4>(id / 4, words);
+            uint32_t words[8], most = 0;
+            noise.words<2>(id_of(0) / 4, words, GROUP == 2 ? batch.STRIDE / 4 : 1);
 #pragma unroll
-        for (int j = 0; j < Row::WIDTH; ++j) most = max(most, words[j]);
-        if (most < *least_word) return;
-        const float scale = __uint_as_float(*bar);
-        uint32_t hits = 0;
+            for (int j = 0; j < 8; ++j) most = max(most, words[j]);
+            if (most < *least) continue;
+            const float scale = __uint_as_float(*lowest_bar);
+            uint32_t hits = 0;
 #pragma unroll
-        for (int j = 0; j < Row::WIDTH; ++j) {
-            const float p = x[j] > high ? weight(x[j]) : -INFINITE;
-            if (two_minus_uniform(words[j]) <= fmaf(p, scale, NEAR_ONE)) hits |= 1u << j;
+            for (int j = 0; j < 8; ++j) {
+                const float value = opaque(x[first + j / Row::WIDTH][j % Row::WIDTH]);  // rare: not to be kept till here
+                const float p = value > high[j / Row::WIDTH] ? weight(value) : -INFINITE;
+                if (two_minus_uniform(words[j]) <= fmaf(p, scale, NEAR_ONE)) hits |= 1u << j;
+            }
+            if (!hits) continue;
+            do {
+                const int own = __ffs(hits) - 1;
+                const int id = id_of(own / Row::WIDTH) + own % Row::WIDTH;
+                score_token(choice, weight.top, row.at(id), id, best);
+                hits &= hits - 1;
+            } while (hits);
+            const float lower = expf(-best.score) * MARGIN;
+            if (__float_as_uint(lower) < atomicMin(&shared.bar, __float_as_uint(lower)))
+                atomicMax(&shared.least_word, least_word(lower));
         }
-        if (!hits) return;
-        do {
-            const int own = id + __ffs(hits) - 1;
-            score_token(choice, weight.top, row.at(own), own, best);
-            hits &= hits - 1;
-        } while (hits);
-        const float lower = expf(-best.score) * MARGIN;
-        if (__float_as_uint(lower) < atomicMin(&shared.bar, __float_as_uint(lower)) && lower < 0.9f)
-            atomicMax(&shared.least_word, ~(static_cast<uint32_t>(lower * 0x1p32f) + 4096u));
     });
     if (!FILTERED) return {};
     const int straddling = cut.tie / Row::WIDTH * Row::WIDTH;
@@ -128,7 +176,9 @@ __device__ __forceinline__ Sums draw_pass(
             if (cut.draw) score_token(choice, weight.top, cut.high, id, best);
         }
     }
-    return sum_threads(Sums{count, 0, kept, all}, shared.scratch);
+    Sums sums = sum_threads(Sums{static_cast<uint32_t>(count), 0, kept, all}, shared.scratch);
+    if (!sum_all) sums.all = cut.all;
+    return sums;
 }
 
 // Where the sorted list is cut, and the weight of all that is kept. `length` is capped by what fits.
@@ -139,7 +189,7 @@ struct Kept {
 
 __device__ __forceinline__ Kept cut_list(
     Shared& shared, const Weight& weight, const Sums& sums, const Target& target, int length) {
-    const int share = (length + blockDim.x - 1) / blockDim.x, first = threadIdx.x * share;
+    const int share = (length + THREADS - 1) / THREADS, first = threadIdx.x * share;
     const int last = min(first + share, length);
     auto sum_until = [&](int end) {
         double own = 0;
@@ -168,88 +218,102 @@ __device__ __forceinline__ Kept cut_list(
 // What the first pass left in shared memory: nothing, the histogram, or the sorted list of the highest logits.
 enum class Left { NOTHING, HISTOGRAM, LIST };
 
-// The token of a row whose highest logit is `top`. The histogram may be overwritten; the list has at least top_k entries.
+// The token of a row with these stats. The histogram may be overwritten; the list has at least top_k entries. `then` is what
+// is read next.
 template <class Row>
 __device__ __forceinline__ int draw_token(
-    const Row& row, Shared& shared, const Choice& choice, float top, Left left) {
+    const Row& row, Shared& shared, Stream& stream, const Choice& choice, const Stats& stats, Left left,
+    const Source& then) {
+    constexpr float SURE = 30;  // r of the bar
+    const float top = stats.top;
     const Weight weight(top, choice.temperature);
     const bool few = choice.top_k > 0 && choice.top_k < row.vocab_size, share = choice.top_p < 1;
-    Best best;
-    Cut cut;
+    Cut whole;
     if (choice.min_p > 0) {
-        cut.floor = min_p_floor(shared, choice, top);
-        cut.high = next_below(cut.floor);
+        whole.floor = min_p_floor(shared, choice, top);
+        whole.high = next_below(whole.floor);
+    } else if (choice.temperature == 1) {
+        whole.all = stats.mass();
     }
-    const float all_above = cut.high;
+    // At least this weight is kept: a temperature above 1 only adds to it, and the most likely token has 1.
+    const bool least_known = choice.temperature >= 1 && choice.min_p <= 0 && !few;
+    const float least = least_known ? fmaxf(1.0f, choice.top_p * stats.mass() * 0.999f) : 1.0f;
     bool counted = left == Left::HISTOGRAM;
-    auto score_listed = [&](int length) {
-        for (int i = threadIdx.x; i < length; i += blockDim.x)
-            score_token(choice, top, listed_value(shared.list[i]), listed_id(shared.list[i]), best);
-    };
-    if (!few && !share) {
-        draw_pass<false>(row, shared, choice, weight, cut, best);
-    } else if (few && left == Left::LIST) {
-        int length = 0;  // of what min-p leaves
-        for (int i = threadIdx.x; i < min(shared.list_length, choice.top_k); i += blockDim.x)
-            length += listed_value(shared.list[i]) >= cut.floor;
-        length = sum_threads(length, shared.scratch);
-        score_listed(cut_list(shared, weight, Sums{}, Target{choice.top_k, choice.top_p, 0}, length).length);
-    } else {
-        constexpr uint32_t COMFORTABLE = LIST * 3 / 4;
-        const uint32_t lowest = order_key(fmaxf(cut.floor, LOWEST));
-        Target target{few ? choice.top_k : 0, choice.top_p, 0};
-        bool two_steps = false;  // a share of a prefix that is too long for the list: first find where that ends
-        bool exact = false;      // the bounds are
-        Kept kept;
-        for (;;) {
-            if (counted && !exact) {
-                const bool both = target.count && target.limits_weight();
-                const Bracket found =
-                    find_bracket(shared, weight, cut.floor, row.vocab_size, both ? target.only_count() : target);
-                const bool fits = found.up_to <= COMFORTABLE;
-                cut.low = fmaxf(found.low, LOWEST);
-                cut.high = fits ? INFINITE : fmaxf(found.high, all_above);
-                if (both && !fits) two_steps = true;
-            } else {
-                two_steps |= target.count && target.limits_weight();
+    for (float bar = SURE / least;; bar = INFINITE, counted = false) {
+        Best best;
+        Cut cut = whole;
+        auto score_listed = [&](int length) {
+            for (int i = threadIdx.x; i < length; i += THREADS)
+                score_token(choice, top, listed_value(shared.list[i]), listed_id(shared.list[i]), best);
+        };
+        if (!few && !share) {
+            draw_pass<false>(row, shared, stream, choice, weight, cut, bar, best, then);
+        } else if (few && left == Left::LIST) {
+            int length = 0;  // of what min-p leaves
+            for (int i = threadIdx.x; i < min(shared.list_length, choice.top_k); i += THREADS)
+                length += listed_value(shared.list[i]) >= cut.floor;
+            length = sum_threads(length, shared.scratch);
+            score_listed(cut_list(shared, weight, Sums{}, Target{choice.top_k, choice.top_p, 0}, length).length);
+            bar = INFINITE;
+        } else {
+            constexpr uint32_t COMFORTABLE = LIST * 3 / 4;
+            const uint32_t lowest = order_key(fmaxf(cut.floor, LOWEST));
+            Target target{few ? choice.top_k : 0, choice.top_p, 0};
+            bool two_steps = false;  // a share of a prefix that is too long for the list: first find where that ends
+            bool exact = false;      // the bounds are
+            Kept kept;
+            for (;;) {
+                if (counted && !exact) {
+                    const bool both = target.count && target.limits_weight();
+                    const Bracket found =
+                        find_bracket(shared, weight, cut.floor, row.vocab_size, both ? target.only_count() : target);
+                    const bool fits = found.up_to <= COMFORTABLE;
+                    cut.low = fmaxf(found.low, LOWEST);
+                    cut.high = fits ? INFINITE : fmaxf(found.high, whole.high);
+                    if (both && !fits) two_steps = true;
+                } else {
+                    two_steps |= target.count && target.limits_weight();
+                    const Target step = two_steps ? target.only_count() : target;
+                    const Refined found = refine(row, shared, stream, weight, cut.floor, step, lowest, order_key(top));
+                    counted = false;
+                    exact = true;
+                    cut.low = found.count ? INFINITE : found.low;
+                    cut.high = found.high;
+                    cut.tie = found.count ? find_tie(row, shared, stream, found.high, found.count) : -1;
+                }
                 const Target step = two_steps ? target.only_count() : target;
-                const Refined found = refine(row, shared, weight, cut.floor, step, lowest, order_key(top));
-                counted = false;
-                exact = true;
-                cut.low = found.count ? INFINITE : found.low;
-                cut.high = found.high;
-                cut.tie = found.count ? find_tie(row, shared, found.high, found.count) : -1;
+                cut.draw = !two_steps;
+                best = Best{};
+                clear_list(shared);
+                const Sums sums = draw_pass<true>(
+                    row, shared, stream, choice, weight, cut, bar, best, either(two_steps, Source{}, then));
+                const int length = shared.list_length;
+                if (length > LIST) {  // the bounds were not close enough
+                    counted = exact = false;
+                    continue;
+                }
+                sort_list(shared, length);
+                kept = cut_list(shared, weight, sums, step, length);
+                const bool begins =
+                    step.count ? static_cast<int>(sums.count) < step.count : sums.kept < step.wanted(sums.all);
+                const bool ends = cut.low <= fmaxf(cut.floor, LOWEST) ||
+                                  (step.count ? static_cast<int>(sums.count) + length >= step.count
+                                              : kept.length < length || kept.weight >= step.wanted(sums.all));
+                if (!exact && !(begins && ends)) {
+                    counted = false;
+                    continue;
+                }
+                if (!two_steps) break;
+                // A share of the prefix is a weight.
+                target.count = 0;
+                target.weight = target.share * kept.weight;
+                target.share = static_cast<float>(target.weight / sums.all);
+                two_steps = exact = false;
+                cut.tie = -1;
             }
-            const Target step = two_steps ? target.only_count() : target;
-            cut.draw = !two_steps;
-            best = Best{};
-            clear_list(shared);
-            const Sums sums = draw_pass<true>(row, shared, choice, weight, cut, best);
-            const int length = shared.list_length;
-            if (length > LIST) {  // the bounds were not close enough
-                counted = exact = false;
-                continue;
-            }
-            sort_list(shared, length);
-            kept = cut_list(shared, weight, sums, step, length);
-            const bool begins =
-                step.count ? static_cast<int>(sums.count) < step.count : sums.kept < step.wanted(sums.all);
-            const bool ends = cut.low <= fmaxf(cut.floor, LOWEST) ||
-                              (step.count ? static_cast<int>(sums.count) + length >= step.count
-                                          : kept.length < length || kept.weight >= step.wanted(sums.all));
-            if (!exact && !(begins && ends)) {
-                counted = false;
-                continue;
-            }
-            if (!two_steps) break;
-            // A share of the prefix is a weight.
-            target.count = 0;
-            target.weight = target.share * kept.weight;
-            target.share = static_cast<float>(target.weight / sums.all);
-            two_steps = exact = false;
-            cut.tie = -1;
+            score_listed(kept.length);
         }
-        score_listed(kept.length);
+        best = reduce_threads(best, Best{}, shared.scratch, better);
+        if (!(bar < INFINITE) || best.score >= -logf(bar)) return best.id;
     }
-    return reduce_threads(best, Best{}, shared.scratch, better).id;
 }

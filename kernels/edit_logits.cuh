@@ -27,7 +27,7 @@ __device__ __forceinline__ void penalize(float* values, int vocab_size, const Ed
     constexpr uint32_t SEEN = 1u << 31;  // in the prompt; the other bits count occurrences in the output
     for (int begin = 0; begin < vocab_size; begin += BINS) {
         clear_bins(shared);
-        for (int i = threadIdx.x; i < edits.position; i += blockDim.x) {
+        for (int i = threadIdx.x; i < edits.position; i += THREADS) {
             const uint32_t at = static_cast<uint32_t>(edits.history[i] - begin);
             if (at >= BINS) continue;
             if (i < edits.prompt_len)
@@ -36,7 +36,7 @@ __device__ __forceinline__ void penalize(float* values, int vocab_size, const Ed
                 atomicAdd(&shared.bins[at], 1u);
         }
         __syncthreads();
-        for (int at = threadIdx.x; at < BINS; at += blockDim.x) {
+        for (int at = threadIdx.x; at < BINS; at += THREADS) {
             const uint32_t seen = shared.bins[at];
             if (!seen || begin + at >= vocab_size) continue;
             float value = values[begin + at];
@@ -50,10 +50,11 @@ __device__ __forceinline__ void penalize(float* values, int vocab_size, const Ed
 
 // The edited row, in `values`; the caller's threads see it on return.
 template <class Row>
-__device__ __forceinline__ Fp32Row edit_row(const Row& row, float* values, const Edits& edits, Shared& shared) {
+__device__ __forceinline__ Fp32Row edit_row(
+    const Row& row, float* values, const Edits& edits, Shared& shared, Stream& stream) {
     auto inside = [&](int id) { return static_cast<uint32_t>(id) < static_cast<uint32_t>(row.vocab_size); };
     __syncthreads();  // the last row's readers are done
-    sweep(row, shared, [&](int id, const float (&x)[Row::WIDTH]) {
+    stream.sweep(row, [&](int id, const float (&x)[Row::WIDTH]) {
         if (id >= row.vocab_size) return;
 #pragma unroll
         for (int j = 0; j < Row::WIDTH; j += 4)
@@ -62,10 +63,10 @@ __device__ __forceinline__ Fp32Row edit_row(const Row& row, float* values, const
                 : float4{x[j], x[j + 1], x[j + 2], x[j + 3]};
     });
     __syncthreads();
-    for (int i = threadIdx.x; i < edits.num_allowed; i += blockDim.x)
+    for (int i = threadIdx.x; i < edits.num_allowed; i += THREADS)
         if (inside(edits.allowed_ids[i])) values[edits.allowed_ids[i]] = row.at(edits.allowed_ids[i]);
     __syncthreads();
-    for (int word = threadIdx.x; word < edits.num_words; word += blockDim.x) {
+    for (int word = threadIdx.x; word < edits.num_words; word += THREADS) {
         const int* const ids = edits.word_ids + edits.words[word];
         const int before = edits.words[word + 1] - edits.words[word] - 1;  // tokens that must precede the last
         if (before > edits.position || !inside(ids[before])) continue;
@@ -74,7 +75,7 @@ __device__ __forceinline__ Fp32Row edit_row(const Row& row, float* values, const
         if (ends) values[ids[before]] = -INFINITE;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < edits.num_biases; i += blockDim.x)
+    for (int i = threadIdx.x; i < edits.num_biases; i += THREADS)
         if (inside(edits.bias_ids[i])) values[edits.bias_ids[i]] += edits.bias_values[i];
     __syncthreads();
     if (edits.penalized()) penalize(values, row.vocab_size, edits, shared);

@@ -12,6 +12,7 @@ constexpr int NONE = 0x7FFFFFFF;
 constexpr int BINS = 8192;  // of a histogram
 constexpr int LIST = 2048;  // candidates that are sorted in shared memory
 constexpr int MAX_TOP = 20;
+constexpr int THREADS = 512;  // of a CTA, two of which share a multiprocessor
 constexpr int RING = 6;     // vectors per thread on their way
 
 struct Crossing {
@@ -20,6 +21,10 @@ struct Crossing {
     uint32_t inside;  // values in it
     double mass;      // weights before it
 };
+
+// x · log₂ e, rounded. Sums are taken relative to the rounded product, so the compiler must not fuse it into what follows:
+// 2^(a − b) of equal a and b, far from 0, has to be 1.
+__device__ __forceinline__ float scale_logit(float x) { return __fmul_rn(x, LOG2_E); }
 
 // What one pass tells of a row. `sum` is of scaled_exp(x, top · log₂ e). NaN counts as −∞, and makes the row `broken`.
 struct Stats {
@@ -31,9 +36,11 @@ struct Stats {
     __device__ __forceinline__ bool sound() const { return !broken && LOWEST < top && top < INFINITE; }
     // ln Σ exp(x − top); what rounding took from top · log₂ e is given back.
     __device__ __forceinline__ float log_sum() const {
-        return (log2f(sum) - fmaf(top, LOG2_E, -(top * LOG2_E))) * LN_2;
+        return (log2f(sum) - fmaf(top, LOG2_E, -scale_logit(top))) * LN_2;
     }
     __device__ __forceinline__ float logprob(float x) const { return (x - top) - log_sum(); }
+    // Σ exp(x − top).
+    __device__ __forceinline__ float mass() const { return sum * exp2_approximate(fmaf(-top, LOG2_E, scale_logit(top))); }
 };
 
 // 2^(x·log₂ e − scaled): exp(x − top) but for the rounding of scaled = top · log₂ e.
@@ -77,7 +84,6 @@ struct alignas(16) Shared {
     float top_values[MAX_TOP];
     int list_length;
     uint32_t bar, least_word;  // see draw.cuh
-    int next_row;
     float floor;
     int tie;
     float cut;       // logits from here on are listed
@@ -95,6 +101,10 @@ struct Bf16Row {
     __device__ __forceinline__ float at(int id) const { return __uint_as_float(static_cast<uint32_t>(data[id]) << 16); }
     __device__ __forceinline__ static uint4 nothing() { return {0xFF80FF80u, 0xFF80FF80u, 0xFF80FF80u, 0xFF80FF80u}; }
     __device__ __forceinline__ static void unpack(const uint4& v, float (&x)[WIDTH]) { unpack_bf16(v, x); }
+    __device__ __forceinline__ static float highest(const uint4& v) {
+        const uint32_t both = max_bf16(max_bf16(v.x, v.y), max_bf16(v.z, v.w));
+        return fmaxf(bf16_low(both), bf16_high(both));
+    }
 };
 
 struct Fp32Row {
@@ -107,6 +117,9 @@ struct Fp32Row {
     __device__ __forceinline__ static void unpack(const uint4& v, float (&x)[WIDTH]) {
         x[0] = __uint_as_float(v.x), x[1] = __uint_as_float(v.y);
         x[2] = __uint_as_float(v.z), x[3] = __uint_as_float(v.w);
+    }
+    __device__ __forceinline__ static float highest(const uint4& v) {
+        return fmaxf(fmaxf(__uint_as_float(v.x), __uint_as_float(v.y)), fmaxf(__uint_as_float(v.z), __uint_as_float(v.w)));
     }
 };
 
@@ -131,66 +144,122 @@ __device__ __forceinline__ uint4 load_vector(const Row& row, int vector) {
     return v;
 }
 
-// A sweep reads a row in rounds of VECTORS vectors per thread. Each thread copies its own vectors ahead of time to its own places
-// in shared memory and reads them back from there: that needs neither registers nor barriers.
-template <class Row>
-struct Sweep {
-    static constexpr int VECTORS = 2;
-    static constexpr int ROUNDS = RING / VECTORS;  // ahead
-    const Row& row;
-    uint4* const ring;
-    const int vectors;
-
-    __device__ __forceinline__ Sweep(const Row& row, Shared& shared)
-        : row(row),
-          ring(reinterpret_cast<uint4*>(&shared + 1) + threadIdx.x),
-          vectors((row.vocab_size + Row::WIDTH - 1) / Row::WIDTH) {}
-
-    __device__ __forceinline__ int vector(int round, int i) const {
-        return (round * VECTORS + i) * blockDim.x + threadIdx.x;
-    }
-    __device__ __forceinline__ uint4* place(int slot, int i) const { return ring + (slot * VECTORS + i) * blockDim.x; }
-
-    __device__ __forceinline__ void copy(int round, int slot) const {
-#pragma unroll
-        for (int i = 0; i < VECTORS; ++i)
-            if (vector(round, i) < vectors)
-                copy_16(place(slot, i), reinterpret_cast<const uint4*>(row.data) + vector(round, i));
-        copies_commit();
-    }
-
-    // Start to copy. No other sweep may come before run().
-    __device__ __forceinline__ void begin() const {
-        for (int round = 0; round < ROUNDS; ++round) copy(round, round);
-    }
-
-    // Call visit(first id, values) for every vector. Lanes of a warp call it together, some beyond the row's end.
-    template <class Visit>
-    __device__ __forceinline__ void run(Visit visit) const {
-        int slot = 0;
-        for (int round = 0; round * VECTORS * static_cast<int>(blockDim.x) < vectors; ++round) {
-            copies_wait<ROUNDS - 1>();
-#pragma unroll
-            for (int i = 0; i < VECTORS; ++i) {
-                const int left = row.vocab_size - vector(round, i) * Row::WIDTH;
-                uint4 v = left > 0 ? *place(slot, i) : Row::nothing();
-                if (0 < left && left < Row::WIDTH) [[unlikely]] cut_words(v, left, Row::WIDTH / 4, Row::nothing().x);
-                float x[Row::WIDTH];
-                Row::unpack(v, x);
-                visit(vector(round, i) * Row::WIDTH, x);
-            }
-            copy(round + ROUNDS, slot);
-            if (++slot == ROUNDS) slot = 0;
-        }
-    }
+// What is to be read: vectors of 16 bytes.
+struct Source {
+    const void* data = nullptr;
+    int vectors = 0;
 };
 
-template <class Row, class Visit>
-__device__ __forceinline__ void sweep(const Row& row, Shared& shared, Visit visit) {
-    const Sweep<Row> own(row, shared);
-    own.begin();
-    own.run(visit);
+template <class Row>
+__device__ __forceinline__ Source source_of(const Row& row) {
+    return {row.data, (row.vocab_size + Row::WIDTH - 1) / Row::WIDTH};
 }
+
+// By value: a choice between references would put both into local memory.
+__device__ __forceinline__ Source either(bool first, const Source& a, const Source& b) {
+    return {first ? a.data : b.data, first ? a.vectors : b.vectors};
+}
+
+constexpr int VECTORS = 2;              // of a thread in a round
+constexpr int ROUNDS = RING / VECTORS;  // ahead
+
+// What a thread has of a row in one round: VECTORS vectors, THREADS vectors apart, −∞ beyond the row's end.
+template <class Row>
+struct Batch {
+    static constexpr int STRIDE = THREADS * Row::WIDTH;  // tokens from a vector to the next
+    int id;                                              // of the first token
+    float x[VECTORS][Row::WIDTH];
+    float highest[VECTORS];
+};
+
+// Reads rows one after the other. Each thread copies its own vectors ahead of time to its own places in shared memory and
+// reads them back from there: that needs neither registers nor barriers. The end of a row is followed by the beginning of
+// what is to be read next, if that is known, so that memory is busy while a CTA makes up its mind.
+class Stream {
+  public:
+    __device__ __forceinline__ explicit Stream(Shared& shared)
+        : ring_(reinterpret_cast<uint4*>(&shared + 1) + threadIdx.x) {}
+
+    // Start to copy what is read next, unless that has been done. Nothing else may be on its way at first.
+    __device__ __forceinline__ void begin(const Source& source) {
+        aim(source);
+        for (int i = 0; i < ROUNDS; ++i) copy();
+        begun_ = source.data;
+    }
+    __device__ __forceinline__ void prepare(const Source& source) {
+        if (begun_ == source.data) return;
+        copies_wait<0>();  // what was begun in vain must not arrive later
+        begin(source);
+    }
+
+    // Call visit(Batch) round by round. All threads of the CTA come along, some beyond the row's end. `then` is what will be
+    // read next; it must not change any more.
+    template <class Row, class Visit>
+    __device__ __forceinline__ void batches(const Row& row, const Source& then, Visit visit) {
+        constexpr int TOKENS = VECTORS * Batch<Row>::STRIDE;  // of a round, of all threads
+        prepare(source_of(row));
+        Batch<Row> batch;
+        batch.id = threadIdx.x * Row::WIDTH;
+        const int whole = row.vocab_size / TOKENS;
+        const int rounds = max(ROUNDS, (row.vocab_size + TOKENS - 1) / TOKENS);
+        int round = 0;
+#pragma unroll 1
+        for (int begun = 1; begun >= 0; --begun) {  // first while there is more of the row to begin
+            if (!begun) aim(then);
+            for (; round < rounds - begun * ROUNDS; ++round) {
+                copies_wait<ROUNDS - 1>();
+                uint4 v[VECTORS];
+#pragma unroll
+                for (int i = 0; i < VECTORS; ++i) v[i] = ring_[slot_ + i * THREADS];
+                copy();
+                if (round >= whole) [[unlikely]] {
+#pragma unroll
+                    for (int i = 0; i < VECTORS; ++i)
+                        cut_words(
+                            v[i], row.vocab_size - batch.id - i * Batch<Row>::STRIDE, Row::WIDTH / 4, Row::nothing().x);
+                }
+#pragma unroll
+                for (int i = 0; i < VECTORS; ++i) {
+                    Row::unpack(v[i], batch.x[i]);
+                    batch.highest[i] = Row::highest(v[i]);
+                }
+                visit(batch);
+                batch.id += TOKENS;
+            }
+        }
+        begun_ = then.data;
+    }
+
+    // Call visit(first id, values) for every vector.
+    template <class Row, class Visit>
+    __device__ __forceinline__ void sweep(const Row& row, Visit visit) {
+        batches(row, Source{}, [&](const Batch<Row>& batch) {
+#pragma unroll
+            for (int i = 0; i < VECTORS; ++i) visit(batch.id + i * Batch<Row>::STRIDE, batch.x[i]);
+        });
+    }
+
+  private:
+    uint4* const ring_;
+    int slot_ = 0;         // where the next round is, and its successor will be
+    const char* from_;     // this thread's next vector
+    int left_;             // vectors from that one to the end
+    const void* begun_ = nullptr;
+
+    __device__ __forceinline__ void aim(const Source& source) {
+        from_ = static_cast<const char*>(source.data) + threadIdx.x * 16;
+        left_ = source.vectors - static_cast<int>(threadIdx.x);
+    }
+    __device__ __forceinline__ void copy() {
+#pragma unroll
+        for (int i = 0; i < VECTORS; ++i)
+            if (i * THREADS < left_) copy_16(ring_ + slot_ + i * THREADS, from_ + i * THREADS * 16);
+        copies_commit();
+        from_ += VECTORS * THREADS * 16;
+        left_ -= VECTORS * THREADS;
+        slot_ = slot_ == (ROUNDS - 1) * VECTORS * THREADS ? 0 : slot_ + VECTORS * THREADS;
+    }
+};
 
 // ---- Order ----
 
@@ -236,8 +305,8 @@ __device__ __forceinline__ int listed_id(uint64_t entry) { return static_cast<in
 __device__ __forceinline__ Stats join(const Stats& a, const Stats& b) {
     Stats both;
     both.top = fmaxf(a.top, b.top);
-    const float scaled = both.top * LOG2_E;
-    both.sum = a.sum * exp2_approximate(a.top * LOG2_E - scaled) + b.sum * exp2_approximate(b.top * LOG2_E - scaled);
+    const float scaled = scale_logit(both.top);
+    both.sum = a.sum * exp2_approximate(scale_logit(a.top) - scaled) + b.sum * exp2_approximate(scale_logit(b.top) - scaled);
     both.where = min(a.top == both.top ? a.where : NONE, b.top == both.top ? b.where : NONE);
     return both;
 }
@@ -246,7 +315,7 @@ __device__ __forceinline__ Stats join(const Stats& a, const Stats& b) {
 template <class Row>
 __device__ __forceinline__ float own_sample(const Row& row) {
     const int vectors = (row.vocab_size + Row::WIDTH - 1) / Row::WIDTH;
-    const int stride = max(1, vectors / static_cast<int>(blockDim.x));
+    const int stride = max(1, vectors / THREADS);
     float x[Row::WIDTH], highest = -INFINITE;
     Row::unpack(load_vector(row, threadIdx.x * stride), x);
 #pragma unroll
@@ -256,7 +325,7 @@ __device__ __forceinline__ float own_sample(const Row& row) {
 
 __device__ __forceinline__ void clear_bins(Shared& shared) {
     __syncthreads();
-    for (int i = threadIdx.x; i < BINS; i += blockDim.x) shared.bins[i] = 0;  // bin BINS is never read
+    for (int i = threadIdx.x; i < BINS; i += THREADS) shared.bins[i] = 0;  // bin BINS is never read
     __syncthreads();
 }
 
@@ -275,11 +344,11 @@ __device__ __forceinline__ void begin_histogram(const Row& row, Shared& shared, 
 template <class Row>
 __device__ __forceinline__ bool begin_list(const Row& row, Shared& shared, int count) {
     // Of the sampled vectors' maxima, the one that many are at or above. The row has about `ratio` times as many.
-    const float ratio = fmaxf(1.0f, static_cast<float>(row.vocab_size) / (blockDim.x * Row::WIDTH));
+    const float ratio = fmaxf(1.0f, static_cast<float>(row.vocab_size) / (THREADS * Row::WIDTH));
     const float least = count / ratio;
     const int many = static_cast<int>(least + 5.0f * sqrtf(least) + 10.0f);
     clear_list(shared);
-    if (many * ratio > LIST * 0.6f || many > static_cast<int>(blockDim.x) / 8) return false;
+    if (many * ratio > LIST * 0.6f || many > THREADS / 8) return false;
     const uint32_t key = order_key(fmaxf(own_sample(row), LOWEST));
     uint32_t cut = 0;
     for (uint32_t bit = 1u << 31; bit >= 1u << 12; bit /= 2)  // the lower bits are not worth their barriers
@@ -298,41 +367,55 @@ __device__ __forceinline__ bool list_suffices(const Shared& shared, int count) {
 }
 
 template <First FIRST, class Row>
-__device__ __forceinline__ Stats row_stats(const Row& row, Shared& shared) {  // its Sweep has begun
+__device__ __forceinline__ Stats row_stats(const Row& row, Shared& shared, Stream& stream, const Source& then) {
     const Bins bins = FIRST == First::COUNT ? shared.histogram : Bins();
     const float cut = FIRST == First::LIST ? shared.cut : INFINITE;
     Stats own;
-    float scaled = own.top * LOG2_E;
+    float scaled = scale_logit(own.top);
     const uint32_t bins_address = shared_address(shared.bins);
-    Sweep<Row>(row, shared).run([&](int id, const float (&x)[Row::WIDTH]) {
-        float highest = x[0];
+    stream.batches(row, then, [&](const Batch<Row>& batch) {
+        const auto& x = batch.x;
+        float highest = batch.highest[0];
+        int where = batch.id;
 #pragma unroll
-        for (int j = 1; j < Row::WIDTH; ++j) highest = fmaxf(highest, x[j]);
+        for (int i = 1; i < VECTORS; ++i) {
+            where = batch.highest[i] > highest ? batch.id + i * batch.STRIDE : where;
+            highest = fmaxf(highest, batch.highest[i]);
+        }
         const float top = fmaxf(own.top, highest);
-        const float next = top * LOG2_E;
+        const float next = scale_logit(top);
         float part = 0;
 #pragma unroll
-        for (int j = 0; j < Row::WIDTH; ++j) part += scaled_exp(x[j], next);
+        for (int i = 0; i < VECTORS; ++i) {
+#pragma unroll
+            for (int j = 0; j < Row::WIDTH; ++j) part += scaled_exp(x[i][j], next);
+        }
         own.sum = fmaf(own.sum, exp2_approximate(scaled - next), part);
-        own.where = highest > own.top ? id : own.where;
+        own.where = highest > own.top ? where : own.where;
         own.top = top;
         scaled = next;
         if constexpr (FIRST == First::COUNT) {
 #pragma unroll
-            for (int j = 0; j < Row::WIDTH; ++j) bins.count(x[j], bins_address);
+            for (int i = 0; i < VECTORS; ++i) {
+#pragma unroll
+                for (int j = 0; j < Row::WIDTH; ++j) bins.count(x[i][j], bins_address);
+            }
         }
         if (FIRST == First::LIST && highest >= cut) {
 #pragma unroll
-            for (int j = 0; j < Row::WIDTH; ++j)
-                if (x[j] >= cut) push(shared, x[j], id + j);
+            for (int i = 0; i < VECTORS; ++i) {
+#pragma unroll
+                for (int j = 0; j < Row::WIDTH; ++j)
+                    if (x[i][j] >= cut) push(shared, x[i][j], batch.id + i * batch.STRIDE + j);
+            }
         }
     });
     Stats all = reduce_threads(own, Stats{}, shared.scratch, join);
     if (all.sum != all.sum) {  // maxima do not hand on NaN, sums do
         float sum = 0;
-        sweep(row, shared, [&](int, const float (&x)[Row::WIDTH]) {
+        stream.sweep(row, [&](int, const float (&x)[Row::WIDTH]) {
 #pragma unroll
-            for (int j = 0; j < Row::WIDTH; ++j) sum += x[j] == x[j] ? scaled_exp(x[j], all.top * LOG2_E) : 0.0f;
+            for (int j = 0; j < Row::WIDTH; ++j) sum += x[j] == x[j] ? scaled_exp(x[j], scale_logit(all.top)) : 0.0f;
         });
         all.sum = sum_threads(sum, shared.scratch);
         all.broken = 1;

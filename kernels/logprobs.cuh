@@ -14,7 +14,7 @@ struct Report {
 // List the `count` ≤ MAX_TOP most likely tokens of the row, and perhaps more, sorted. The histogram is of this row if
 // `counted`. Returns whether it still is.
 template <class Row>
-__device__ __forceinline__ bool list_top(const Row& row, Shared& shared, bool counted, int count) {
+__device__ __forceinline__ bool list_top(const Row& row, Shared& shared, Stream& stream, bool counted, int count) {
     const Weight weight(shared.stats.top, 1.0f);
     const Target target{min(count, row.vocab_size), 1.0f, 0.0};
     float low = counted ? find_bracket(shared, weight, -INFINITE, row.vocab_size, target).low : INFINITE;
@@ -22,7 +22,7 @@ __device__ __forceinline__ bool list_top(const Row& row, Shared& shared, bool co
     for (;;) {
         clear_list(shared);
         if (counted || low < INFINITE) {
-            sweep(row, shared, [&](int id, const float (&x)[Row::WIDTH]) {
+            stream.sweep(row, [&](int id, const float (&x)[Row::WIDTH]) {
 #pragma unroll
                 for (int j = 0; j < Row::WIDTH; ++j) {
                     const float value = fmaxf(x[j], -INFINITE);  // of NaN
@@ -36,9 +36,9 @@ __device__ __forceinline__ bool list_top(const Row& row, Shared& shared, bool co
         }
         counted = false;
         const uint32_t highest = order_key(fmaxf(shared.stats.top, -INFINITE));
-        const Refined found = refine(row, shared, weight, -INFINITE, target, order_key(-INFINITE), highest);
+        const Refined found = refine(row, shared, stream, weight, -INFINITE, target, order_key(-INFINITE), highest);
         low = found.low;
-        tie = found.count ? find_tie(row, shared, low, found.count) : NONE;
+        tie = found.count ? find_tie(row, shared, stream, low, found.count) : NONE;
     }
     sort_list(shared, min(shared.list_length, LIST));
     return counted;
@@ -61,7 +61,7 @@ __device__ __forceinline__ void report_top(Shared& shared, int vocab_size, int c
 // knows its logit to be the highest.
 template <class Row>
 __device__ __forceinline__ void report_chosen(
-    const Row& row, Shared& shared, int id, bool highest, int count, const Report& report) {
+    const Row& row, Shared& shared, Stream& stream, int id, bool highest, int count, const Report& report) {
     float value = highest ? shared.stats.top : row.at(id);
     value = value == value ? value : -INFINITE;
     int above = 0;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void report_chosen(
     } else if (count > 0 && value >= shared.top_values[min(count, row.vocab_size) - 1]) {
         while (shared.top_values[above] > value) ++above;
     } else {
-        sweep(row, shared, [&](int, const float (&x)[Row::WIDTH]) {
+        stream.sweep(row, [&](int, const float (&x)[Row::WIDTH]) {
 #pragma unroll
             for (int j = 0; j < Row::WIDTH; ++j) above += x[j] > value;
         });

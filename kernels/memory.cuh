@@ -35,6 +35,19 @@ __device__ __forceinline__ int load_input(const int* source) {
 __device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
+// The same value, which the compiler does not know: what follows from it is worked out anew where it is needed.
+__device__ __forceinline__ float opaque(float x) {
+    asm("" : "+f"(x));
+    return x;
+}
+
+// The higher ones of two pairs.
+__device__ __forceinline__ uint32_t max_bf16(uint32_t a, uint32_t b) {
+    uint32_t highest;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(highest) : "r"(a), "r"(b));
+    return highest;
+}
+
 __device__ __forceinline__ void unpack_bf16(const uint4& v, float (&x)[8]) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll

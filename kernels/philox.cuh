@@ -6,12 +6,12 @@
 struct Philox {
     uint32_t key0, key1, position, sample;
 
-    // Words of COUNT counters from `block` on; together, since they share the keys of the rounds.
+    // Words of COUNT counters, `step` apart from `block` on; together, since they share the keys of the rounds.
     template <int COUNT>
-    __device__ __forceinline__ void words(uint32_t block, uint32_t (&words)[4 * COUNT]) const {
+    __device__ __forceinline__ void words(uint32_t block, uint32_t (&words)[4 * COUNT], uint32_t step = 1) const {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            words[4 * i] = block + i;
+            words[4 * i] = block + i * step;
             words[4 * i + 1] = position;
             words[4 * i + 2] = sample;
             words[4 * i + 3] = 0;

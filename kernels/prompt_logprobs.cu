@@ -11,7 +11,7 @@ using LogitsRow = Fp32Row;
 using Logit = float;
 #endif
 
-extern "C" __global__ void __launch_bounds__(1024, 1) prompt_logprobs(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) prompt_logprobs(
     const Logit* logits,  // [stop − start, stride]
     int stride,
     int vocab_size,
@@ -29,23 +29,26 @@ extern "C" __global__ void __launch_bounds__(1024, 1) prompt_logprobs(
     grid_dependency_launch();
     grid_dependency_wait();
     const int end = min(stop, *count);
+    Stream stream(shared);
+    auto row_of = [&](int i) { return LogitsRow{logits + static_cast<int64_t>(i - start) * stride, vocab_size}; };
     for (int i = start + blockIdx.x; i < end; i += gridDim.x) {
-        const LogitsRow row{logits + static_cast<int64_t>(i - start) * stride, vocab_size};
+        const LogitsRow row = row_of(i);
+        const Source then = i + static_cast<int>(gridDim.x) < end ? source_of(row_of(i + gridDim.x)) : Source{};
         const Report report{chosen_logprobs, ranks, top_ids, top_logprobs, i};
         const int wanted = logprobs[i];
-        Sweep<LogitsRow>(row, shared).begin();
+        stream.prepare(source_of(row));
         if (wanted > 0 && begin_list(row, shared, wanted)) {
-            keep_stats(shared, row_stats<First::LIST>(row, shared));
+            keep_stats(shared, row_stats<First::LIST>(row, shared, stream, then));
         } else {
-            keep_stats(shared, row_stats<First::NOTHING>(row, shared));
+            keep_stats(shared, row_stats<First::NOTHING>(row, shared, stream, source_of(row)));
         }
         if (wanted > 0) {
             if (list_suffices(shared, min(wanted, vocab_size)))
                 sort_list(shared, shared.list_length);
             else
-                list_top(row, shared, false, wanted);
+                list_top(row, shared, stream, false, wanted);
             report_top(shared, vocab_size, wanted, report);
         }
-        report_chosen(row, shared, targets[i], false, wanted, report);
+        report_chosen(row, shared, stream, targets[i], false, wanted, report);
     }
 }

@@ -27,7 +27,7 @@ struct RowScalars {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(1024, 1) sample(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
     const Logit* logits,  // [*, stride]
     int stride,
     int vocab_size,
@@ -95,22 +95,21 @@ extern "C" __global__ void __launch_bounds__(1024, 1) sample(
     };
     // Rows are taken one ahead as well.
     if (threadIdx.x == 0 && static_cast<int>(blockIdx.x) < end) next_rows[0] = gridDim.x + atomicAdd(&counters[0], 1);
-    // A row's first pass begins to copy when the row before is done with.
     auto row_of = [&](int i) { return LogitsRow{logits + static_cast<int64_t>(i) * stride, vocab_size}; };
-    auto begin = [&](int i) {
-        if (i < end) Sweep<LogitsRow>(row_of(i), shared).begin();
-    };
+    auto source_at = [&](int i) { return i < end ? source_of(row_of(i)) : Source{}; };
+    Stream stream(shared);
     fetch(blockIdx.x, scalars[0]);
     copies_commit();
-    begin(blockIdx.x);
+    stream.begin(source_at(blockIdx.x));
     int parity = 0;
     for (int i = blockIdx.x; i < end; parity ^= 1) {
-        copies_wait<Sweep<LogitsRow>::ROUNDS>();  // for the scalars: all but the copies begun
+        copies_wait<ROUNDS>();  // for the scalars: all but what the stream has begun
         __syncthreads();
-        fetch(next_rows[parity], scalars[parity ^ 1]);
+        const int next = next_rows[parity];
+        fetch(next, scalars[parity ^ 1]);
         copies_commit();
         int after_next = 0;
-        if (threadIdx.x == 0 && next_rows[parity] < end) after_next = gridDim.x + atomicAdd(&counters[0], 1);
+        if (threadIdx.x == 0 && next < end) after_next = gridDim.x + atomicAdd(&counters[0], 1);
 
         const RowScalars& own = scalars[parity];
         const Choice& choice = own.choice;
@@ -120,32 +119,36 @@ extern "C" __global__ void __launch_bounds__(1024, 1) sample(
         const bool drawn = choice.temperature > 0, edited = own.edited();
         const bool few = drawn && choice.top_k > 0 && choice.top_k < vocab_size, share = drawn && choice.top_p < 1;
 
+        // What is read after the last pass over this row, as far as can be told, and after any other.
+        const Source again = source_of(row), last = either(drawn && wanted >= 0, again, source_at(next));
+
         // The first pass lists the highest logits where a known number of them will do, and counts where it is not known.
         const int listed = min(max(wanted, few && !edited ? choice.top_k : 0), vocab_size);
         const bool counts = share && !few && !edited;
         Left left = Left::NOTHING;
         if (!counts && listed > 0 && begin_list(row, shared, listed)) {
-            keep_stats(shared, row_stats<First::LIST>(row, shared));
+            const bool done = !edited && (!drawn || few);
+            keep_stats(shared, row_stats<First::LIST>(row, shared, stream, either(done, last, again)));
             if (list_suffices(shared, listed)) {
                 left = Left::LIST;
                 sort_list(shared, shared.list_length);
             }
         } else if (counts || (few && !edited)) {
             begin_histogram(row, shared, choice.temperature);
-            keep_stats(shared, row_stats<First::COUNT>(row, shared));
+            keep_stats(shared, row_stats<First::COUNT>(row, shared, stream, again));
             left = Left::HISTOGRAM;
         } else {
-            keep_stats(shared, row_stats<First::NOTHING>(row, shared));
+            keep_stats(shared, row_stats<First::NOTHING>(row, shared, stream, either(drawn || edited || wanted > 0, again, last)));
         }
         if (threadIdx.x == 0) next_rows[parity ^ 1] = after_next;
         if (wanted > 0) {
-            if (left != Left::LIST && !list_top(row, shared, left == Left::HISTOGRAM, wanted)) left = Left::NOTHING;
+            if (left != Left::LIST && !list_top(row, shared, stream, left == Left::HISTOGRAM, wanted)) left = Left::NOTHING;
             report_top(shared, vocab_size, wanted, report);
         }
 
         auto choose = [&](const auto& of, const Stats& stats, Left of_first) {
             if (!stats.sound()) return -1;
-            return drawn ? draw_token(of, shared, choice, stats.top, of_first) : first_highest(of, stats);
+            return drawn ? draw_token(of, shared, stream, choice, stats, of_first, last) : first_highest(of, stats);
         };
         auto edit = [&] {
             const Edits edits{
@@ -154,14 +157,15 @@ extern "C" __global__ void __launch_bounds__(1024, 1) sample(
                 bias_ids + own.biases[0], bias_values + own.biases[0], own.biases[1] - own.biases[0],
                 tokens + static_cast<int64_t>(own.slot) * tokens_stride, position, prompt_lens[i],
                 own.presence, own.frequency, own.repetition};
-            return edit_row(row, scratch + static_cast<int64_t>(blockIdx.x) * scratch_stride, edits, shared);
+            return edit_row(row, scratch + static_cast<int64_t>(blockIdx.x) * scratch_stride, edits, shared, stream);
         };
         auto stats_of_edited = [&](const Fp32Row& of) {
-            Sweep<Fp32Row>(of, shared).begin();
+            stream.prepare(source_of(of));
+            const Source then = either(drawn, source_of(of), last);
             left = few || share ? Left::HISTOGRAM : Left::NOTHING;
-            if (left == Left::NOTHING) return row_stats<First::NOTHING>(of, shared);
+            if (left == Left::NOTHING) return row_stats<First::NOTHING>(of, shared, stream, then);
             begin_histogram(of, shared, choice.temperature);
-            return row_stats<First::COUNT>(of, shared);
+            return row_stats<First::COUNT>(of, shared, stream, then);
         };
         int token;
         const bool usable = shared.stats.sound();
@@ -182,13 +186,13 @@ extern "C" __global__ void __launch_bounds__(1024, 1) sample(
         }
         token = choose(chosen_from, stats, left);
 #endif
-        if (wanted >= 0) report_chosen(row, shared, max(token, 0), !drawn && !edited && usable, wanted, report);
+        if (wanted >= 0) report_chosen(row, shared, stream, max(token, 0), !drawn && !edited && usable, wanted, report);
         if (threadIdx.x == 0) {
             token_ids[i] = token;
             tokens[static_cast<int64_t>(own.slot) * tokens_stride + position] = max(token, 0);  // may be embedded next
         }
-        i = next_rows[parity];
-        begin(i);
+        i = next;
+        stream.prepare(source_at(i));
     }
     // The last CTA to end leaves the counters as it found them.
     __threadfence();

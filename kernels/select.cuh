@@ -50,7 +50,7 @@ __device__ __forceinline__ Bracket find_bracket(
     Shared& shared, const Weight& weight, float floor, int vocab_size, const Target& target) {
     const Bins bins = shared.histogram;
     constexpr float ROUNDING = 3e-5f;  // more than what summing in fp32 may lose, relative
-    const int share = BINS / blockDim.x, first = threadIdx.x * share;
+    const int share = BINS / THREADS, first = threadIdx.x * share;
     auto edge_weight = [&](int bin) { return weight(bin ? fminf(bins.upper_edge(bin), weight.top) : weight.top); };
     auto visit = [&](auto each) {  // each(bin, its bounds), until it says so
         float upper = edge_weight(first);
@@ -116,7 +116,8 @@ struct Refined {
 // Bounds within the keys [low, high] so close that the list can hold all tokens between them, or equal bounds.
 template <class Row>
 __device__ __forceinline__ Refined refine(
-    const Row& row, Shared& shared, const Weight& weight, float floor, const Target& target, uint32_t low, uint32_t high) {
+    const Row& row, Shared& shared, Stream& stream, const Weight& weight, float floor, const Target& target, uint32_t low,
+    uint32_t high) {
     constexpr int HALF = BINS / 2;  // bins of counts; as many of weights
     constexpr uint32_t MOST = LIST - 2 * MAX_TOP;
     float* const masses = reinterpret_cast<float*>(shared.bins + HALF);
@@ -126,7 +127,7 @@ __device__ __forceinline__ Refined refine(
         clear_bins(shared);
         uint32_t above_count = 0;
         float above = 0, total = 0;
-        sweep(row, shared, [&](int id, const float (&x)[Row::WIDTH]) {
+        stream.sweep(row, [&](int id, const float (&x)[Row::WIDTH]) {
 #pragma unroll
             for (int j = 0; j < Row::WIDTH; ++j) {
                 const float value = x[j] == x[j] ? x[j] : -INFINITE;
@@ -145,7 +146,7 @@ __device__ __forceinline__ Refined refine(
         const Mass over = sum_threads(Mass{above_count, 0, above}, shared.scratch);
         const double all = sum_threads(static_cast<double>(total), shared.scratch);
 
-        const int share = HALF / blockDim.x, first = threadIdx.x * share;
+        const int share = HALF / THREADS, first = threadIdx.x * share;
         Mass own{}, within;
         for (int i = 0; i < share; ++i) own = own + Mass{shared.bins[first + i], 0, masses[first + i]};
         const Mass before = over + scan_threads(own, within, shared.scratch);
@@ -184,17 +185,17 @@ __device__ __forceinline__ Refined refine(
 
 // Id of the `count`-th token that has this value, in the order of ids.
 template <class Row>
-__device__ __forceinline__ int find_tie(const Row& row, Shared& shared, float value, uint32_t count) {
+__device__ __forceinline__ int find_tie(const Row& row, Shared& shared, Stream& stream, float value, uint32_t count) {
     int shift = 0;
     while (row.vocab_size - 1 >> shift >= BINS) ++shift;
     clear_bins(shared);
-    sweep(row, shared, [&](int id, const float (&x)[Row::WIDTH]) {
+    stream.sweep(row, [&](int id, const float (&x)[Row::WIDTH]) {
 #pragma unroll
         for (int j = 0; j < Row::WIDTH; ++j)
             if (x[j] == value && id + j < row.vocab_size) atomicAdd(&shared.bins[(id + j) >> shift], 1u);
     });
     __syncthreads();
-    const int share = BINS / blockDim.x, first = threadIdx.x * share;
+    const int share = BINS / THREADS, first = threadIdx.x * share;
     uint32_t own = 0, all;
     for (int i = 0; i < share; ++i) own += shared.bins[first + i];
     uint32_t before = scan_threads(own, all, shared.scratch);
@@ -215,11 +216,11 @@ __device__ __forceinline__ int find_tie(const Row& row, Shared& shared, float va
 // Sort the first `length` entries: highest value first, lowest id first among equal ones (bitonic; Batcher 1968).
 __device__ __forceinline__ void sort_list(Shared& shared, int length) {
     const int size = length < 2 ? length : 1 << (32 - __clz(length - 1));
-    for (int i = length + threadIdx.x; i < size; i += blockDim.x) shared.list[i] = ~0ull;
+    for (int i = length + threadIdx.x; i < size; i += THREADS) shared.list[i] = ~0ull;
     __syncthreads();
     for (int run = 2; run <= size; run *= 2) {
         for (int stride = run / 2; stride; stride /= 2) {
-            for (int pair = threadIdx.x; pair < size / 2; pair += blockDim.x) {
+            for (int pair = threadIdx.x; pair < size / 2; pair += THREADS) {
                 const int at = 2 * pair - (pair & (stride - 1));
                 const uint64_t a = shared.list[at], b = shared.list[at + stride];
                 if ((a > b) == ((at & run) == 0)) shared.list[at] = b, shared.list[at + stride] = a;
