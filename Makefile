@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+SANITIZER ?= compute-sanitizer
 PROMPT ?= def read_lines(path):
 
-.PHONY: run test test-gpu lint types install clean
+.PHONY: run test test-gpu sanitize lint types install clean
 
 run: $(BIN)/nf ## stream text from the bundled model
 	$(BIN)/nf generate -p "$(PROMPT)" --max-tokens 160 --seed 0
@@ -13,6 +14,11 @@ test: $(VENV)/.dev lint types ## lint, types, tests
 
 test-gpu: $(VENV)/.gpu ## kernels against references; needs a GPU
 	$(BIN)/pytest tests/gpu
+
+# Each tensor in an allocation of its own, with room behind it that nobody may touch.
+sanitize: $(VENV)/.gpu ## some of every kernel's tests under compute-sanitizer, which the CUDA toolkit brings
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --padding 256 --error-exitcode 1 \
+		$(BIN)/python -m pytest -m sanitize tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

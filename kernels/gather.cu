@@ -20,12 +20,12 @@ extern "C" __global__ void __launch_bounds__(512) embed(
     for (int row = start + blockIdx.x; row < end; row += gridDim.x) {
         int id = load_input(token_ids + row);
         const int slot = load_input(token_slots + row), position = load_input(positions + row);
-        grid_dependency_wait();  // the token buffer is written by the step before
         int* const token = tokens + static_cast<int64_t>(slot) * tokens_stride + position;
-        if (id < 0)
+        const bool given = id >= 0;
+        if (!given) {
+            grid_dependency_wait();  // the token buffer is written by the step before
             id = *token;
-        else if (threadIdx.x == 0)
-            *token = id;
+        }
         const uint4* const source = table + static_cast<int64_t>(id) * vectors;
         uint4 x[VECTORS];
 #pragma unroll
@@ -33,6 +33,8 @@ extern "C" __global__ void __launch_bounds__(512) embed(
             const int at = threadIdx.x + i * blockDim.x;
             if (at < vectors) x[i] = load_16(source + at);
         }
+        grid_dependency_wait();  // until here the row of a given id is fetched beside the kernel before
+        if (given && threadIdx.x == 0) *token = id;
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i) {
             const int at = threadIdx.x + i * blockDim.x;

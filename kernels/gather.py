@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 from nf.kernels.compile import Artifact
 from nf.kernels.load import CudaKernel
-from nf.kernels.rows import row_grid, row_threads, row_vectors
+from nf.kernels.rows import ctas_per_sm, grid_on, row_threads, row_vectors
 from nf.kernels.source import KernelSource
 
 EMBED = KernelSource(
@@ -81,5 +81,5 @@ class Embed:
         self._kernel(
             table, hidden, tokens, token_ids, token_slots, positions, count, start, stop, self._vectors,
             self._tokens_stride,
-            grid=row_grid(stop - start, self._threads, sms), block=self._threads, stream=stream, pdl=pdl,
+            grid=grid_on(sms, stop - start, ctas_per_sm(self._threads)), block=self._threads, stream=stream, pdl=pdl,
         )  # fmt: skip

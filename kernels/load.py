@@ -1,26 +1,23 @@
 """Loading compiled kernels and launching them on an explicit stream.
 
-Launches go through ctypes: nothing is allocated, a few µs of host time, the same call inside a graph capture or not.
-A loaded kernel keeps the cells of its arguments, so one thread launches it at a time.
+Launches go through ctypes: nothing is allocated on the device, a few µs of host time, the same call inside a graph
+capture or not. A loaded kernel keeps its arguments in memory of its own, so one thread launches it at a time.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import struct
+from collections.abc import Callable
 from typing import Any
 
 from nf.errors import NfError
 from nf.kernels.compile import Artifact
 from nf.kernels.source import LAUNCHER, ParameterKind
 
-_CELLS: dict[ParameterKind, Any] = {
-    "pointer": ctypes.c_uint64,
-    "int32": ctypes.c_int32,
-    "int64": ctypes.c_int64,
-    "float32": ctypes.c_float,
-    "tensor_map": ctypes.c_ubyte * 128,
-}
+_FORMATS: dict[ParameterKind, str] = {"pointer": "Q", "int32": "i", "int64": "q", "float32": "f"}
+"""Of ``struct``, in the machine's own sizes and alignment."""
 
 
 class LaunchError(NfError, RuntimeError):
@@ -37,9 +34,9 @@ class CuteKernel:
         mangled = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, f"{LAUNCHER}_function_name")))
         self._launch = library[mangled.decode()]
         self._status = ctypes.c_int32()
-        self._cells = [_CELLS[kind]() for kind in artifact.source.parameters]
-        self._stream = ctypes.c_void_p()
-        self._arguments = _addresses(*self._cells, self._stream, self._status)
+        self._set_arguments, addresses = _arguments((*artifact.source.parameters, "pointer"))
+        addresses.append(ctypes.addressof(self._status))
+        self._arguments, self._count = (ctypes.c_void_p * len(addresses))(*addresses), len(addresses)
         # Load the embedded cubin now, so that no launch or capture has to.
         module = ctypes.c_void_p()
         where = ctypes.c_void_p(ctypes.addressof(module))
@@ -55,10 +52,8 @@ class CuteKernel:
         Raises:
             LaunchError: the driver refused.
         """
-        for cell, value in zip(self._cells, values, strict=True):
-            cell.value = value
-        self._stream.value = stream
-        self._launch(self._arguments, len(self._arguments))
+        self._set_arguments(*values, stream)
+        self._launch(self._arguments, self._count)
         if self._status.value:
             self._check("launching")
 
@@ -77,14 +72,20 @@ class CudaKernel:
         self.shared_bytes = shared_bytes
         self._library = _checked(driver.cuLibraryLoadFromFile(str(artifact.path).encode(), [], [], 0, [], [], 0))
         kernel = _checked(driver.cuLibraryGetKernel(self._library, artifact.source.entry.encode()))
-        self._kernel = int(kernel)
         if shared_bytes > 48 * 1024:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, _current_device()))
-        self._cells = [_CELLS[kind]() for kind in artifact.source.parameters]
-        self._arguments = _addresses(*self._cells)
+        self._set_arguments, addresses = _arguments(artifact.source.parameters)
         self._config = _LaunchConfig()
         self._pdl = (_LaunchAttribute * 1)(_LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,)))
+        self._placed: tuple[int, int, int, bool] | None = None
+        self._launch = functools.partial(
+            _driver().cuLaunchKernelEx,
+            ctypes.byref(self._config),
+            ctypes.c_void_p(int(kernel)),
+            (ctypes.c_void_p * len(addresses))(*addresses),
+            None,
+        )
 
     def __call__(self, *values: int | float, grid: int, block: int, stream: int, pdl: bool = False) -> None:
         """Launch ``grid`` CTAs of ``block`` threads; ``pdl`` lets it start before the kernel before it has ended.
@@ -92,14 +93,20 @@ class CudaKernel:
         Raises:
             LaunchError: the driver refused.
         """
-        for cell, value in zip(self._cells, values, strict=True):
-            cell.value = value
+        self._set_arguments(*values)
+        placed = (grid, block, stream, pdl)
+        if placed != self._placed:
+            self._place(*placed)
+        status = self._launch()
+        if status:
+            raise LaunchError(f"{self.name}: launching it failed with CUDA error {status}")
+
+    def _place(self, grid: int, block: int, stream: int, pdl: bool) -> None:
+        """Attributes of a ctypes structure are slow to set, and seldom change."""
         config = self._config
         config.grid_x, config.block_x, config.shared_bytes, config.stream = grid, block, self.shared_bytes, stream
         config.attributes, config.num_attributes = (self._pdl, 1) if pdl else (None, 0)
-        status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(self._kernel), self._arguments, None)
-        if status:
-            raise LaunchError(f"{self.name}: launching it failed with CUDA error {status}")
+        self._placed = (grid, block, stream, pdl)
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -131,6 +138,17 @@ class _LaunchConfig(ctypes.Structure):
         super().__init__(1, 1, 1, 1, 1, 1)
 
 
+def _arguments(kinds: tuple[ParameterKind, ...]) -> tuple[Callable[..., None], list[int]]:
+    """Memory for a value of each kind: a function that writes them all at once, and their addresses."""
+    formats = [_FORMATS[kind] for kind in kinds]
+    layout = struct.Struct("@" + "".join(formats))
+    memory = bytearray(layout.size)
+    start = ctypes.addressof((ctypes.c_char * layout.size).from_buffer(memory))
+    ends = [struct.calcsize("@" + "".join(formats[: i + 1])) for i in range(len(formats))]
+    addresses = [start + end - struct.calcsize(form) for end, form in zip(ends, formats, strict=True)]
+    return functools.partial(layout.pack_into, memory, 0), addresses
+
+
 def _addresses(*cells: Any) -> Any:
     return (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
 
@@ -146,6 +164,15 @@ def _current_device() -> int:
     from cuda.bindings import driver
 
     return int(_checked(driver.cuCtxGetDevice()))
+
+
+@functools.cache
+def device_sms() -> int:
+    """Multiprocessors of the current device; all devices of a process are alike."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    return int(_checked(driver.cuDeviceGetAttribute(attribute, _current_device())))
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from typing import Literal
 
 from nf.kernels.compile import Artifact
 from nf.kernels.load import CudaKernel
-from nf.kernels.rows import row_grid, row_threads, row_vectors
+from nf.kernels.rows import ctas_per_sm, grid_on, row_threads, row_vectors
 from nf.kernels.source import KernelSource, ParameterKind
 
 Variant = Literal["plain", "add", "gather"]
@@ -87,5 +87,10 @@ class RmsNorm:
         """
         self._kernel(
             hidden, delta, weight, normed, rows, count, start, stop, self._vectors, self._eps,
-            grid=row_grid(stop - start, self._threads, sms), block=self._threads, stream=stream, pdl=pdl,
+            grid=self._grid(stop - start, sms), block=self._threads, stream=stream, pdl=pdl,
         )  # fmt: skip
+
+    def _grid(self, rows: int, sms: int) -> int:
+        """Two rows for each CTA that fits are better taken by these, whose weight is there already."""
+        fit = ctas_per_sm(self._threads)
+        return max(1, min(rows, sms * fit)) if rows <= 2 * sms * fit else grid_on(sms, rows, fit)

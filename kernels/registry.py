@@ -19,7 +19,7 @@ MODULES = (
     "gather",
     "copies",
     "sampling",
-    "stream_read",
+    "stream",
     "random_fill",
 )
 """Modules of this package with a function ``sources() -> list[KernelSource]``."""

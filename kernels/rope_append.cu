@@ -7,7 +7,8 @@
 // Configuration: HEAD_DIM (64, 128), PAGE_SIZE, QK_NORM.
 #include "memory.cuh"
 
-constexpr int THREADS = 128;
+constexpr int THREADS = 256;
+constexpr int CTAS_PER_SM = 2;
 constexpr int LANES = HEAD_DIM / 16;  // threads that share a head
 constexpr int AT_ONCE = 4;            // query heads in flight
 constexpr int HALF = LANES;           // vectors from a value to its partner
@@ -73,7 +74,7 @@ __device__ __forceinline__ bool clear_non_finite(uint4& v) {
     return found;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) rope_append(
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM) rope_append(
     const uint4* qkv,     // [*, (group + 2) · kv_heads · HEAD_DIM] bf16
     uint4* q,             // [*, q_stride vectors]; may be `qkv` itself
     char* kv,             // [pages, kv_heads, 2, HEAD_DIM / 64, PAGE_SIZE, 64] bf16, rows swizzled

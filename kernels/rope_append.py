@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from nf.kernels.compile import Artifact
 from nf.kernels.kv_cache import HEAD_DIMS, PAGE_SIZES, check_shape
 from nf.kernels.load import CudaKernel
+from nf.kernels.rows import grid_on
 from nf.kernels.source import KernelSource, ParameterKind
 
-_THREADS = 128  # THREADS of both kernels
-_CTAS_PER_SM = 5  # as many as registers allow
+_ROWS_THREADS, _ROPE_THREADS = 128, 256  # THREADS of the two kernels
+_CTAS_PER_SM = 2  # of the second: as many as registers allow
 _ROPE_PARAMETERS: tuple[ParameterKind, ...] = (*("pointer",) * 9, *("int32",) * 5, "float32")
 
 
@@ -110,7 +111,7 @@ class KvRows:
         """
         self._kernel(
             rows, positions, qo_indptr, kv_indptr, kv_indices, num_tokens, num_seqs,
-            grid=-(-max_tokens // _THREADS), block=_THREADS, stream=stream, pdl=pdl,
+            grid=-(-max_tokens // _ROWS_THREADS), block=_ROWS_THREADS, stream=stream, pdl=pdl,
         )  # fmt: skip
 
 
@@ -181,11 +182,11 @@ class RopeAppend:
             pdl: start before the kernel before has ended, and wait for it on the device.
         """
         q, q_stride = (q, q_stride) if q else (qkv, self.shape.qkv_size)
-        ctas = -(-(stop - start) * self._threads_per_token // _THREADS)
+        ctas = -(-(stop - start) * self._threads_per_token // _ROPE_THREADS)
         self._kernel(
             qkv, q, kv, table, rows, positions, q_norm, k_norm, count, start, stop, self._group,
             self.shape.num_kv_heads, q_stride // 8, self.shape.eps,
-            grid=max(1, min(ctas, _CTAS_PER_SM * sms)), block=_THREADS, stream=stream, pdl=pdl,
+            grid=grid_on(sms, ctas, _CTAS_PER_SM), block=_ROPE_THREADS, stream=stream, pdl=pdl,
         )  # fmt: skip
 
 

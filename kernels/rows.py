@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from nf.errors import InputError
+from nf.kernels.load import device_sms
 
 MAX_HIDDEN_SIZE = 16384
 _VECTOR = 8  # bf16 values of a 16-byte access
 _VECTORS_PER_THREAD = 4  # VECTORS of norm.cu and gather.cu
-_THREADS_PER_SM = 1536  # as many as their registers allow
+_THREADS_PER_SM = 1536  # as many as registers allow norm.cu and gather.cu
 
 
 def row_vectors(hidden_size: int) -> int:
@@ -26,6 +27,15 @@ def row_threads(hidden_size: int) -> int:
     return 32 * -(-row_vectors(hidden_size) // (32 * _VECTORS_PER_THREAD))
 
 
-def row_grid(rows: int, threads: int, sms: int) -> int:
-    """CTAs for ``rows`` rows on ``sms`` multiprocessors; each takes rows a grid apart."""
-    return max(1, min(rows, sms * (_THREADS_PER_SM // threads)))
+def ctas_per_sm(threads: int) -> int:
+    """CTAs of ``threads`` threads that fit on a multiprocessor."""
+    return _THREADS_PER_SM // threads
+
+
+def grid_on(sms: int, ctas: int, per_sm: int) -> int:
+    """CTAs to launch on ``sms`` multiprocessors where there is work for ``ctas``; at least one.
+
+    On a part of the GPU ``per_sm`` each, which take further work a grid apart. On all of it one for each piece of work:
+    the hardware hands them out in order of address as SMs become free, and memory likes that order.
+    """
+    return max(1, ctas if sms >= device_sms() else min(ctas, sms * per_sm))

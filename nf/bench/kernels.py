@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ class Row:
     """One line of the table.
 
     ``work`` is what one call must do, in bytes or floating-point operations. ``score`` is relative to ``reference``;
-    ``floor`` is None where none is set.
+    ``floor`` is None where none is set. ``beside`` are scores against further references that explain the first.
     """
 
     kernel: str
@@ -42,6 +42,7 @@ class Row:
     reference: str
     score: float
     floor: float | None
+    beside: tuple[tuple[str, float], ...] = ()
 
     @property
     def rate(self) -> float:
@@ -82,18 +83,17 @@ class Bench:
 
     def read_rate(self, sms: int | None = None) -> float:
         """Bytes per second of a pure streaming read on ``sms`` SMs: the best of a few rings."""
-        from nf.kernels import stream_read
+        from nf.kernels import stream
 
         key = sms or self.sms
         if key not in self._read_rates:
             memory = self.normal(1 << 30)  # 2 GiB
-            (artifact,) = self.artifacts(stream_read.sources())
             best = 0.0
             for warps, stages in ((4, 3), (2, 6), (1, 12)):
-                read = stream_read.StreamRead(artifact, warps=warps, stages=stages)
+                read = stream.StreamRead(self.artifacts([stream.READ])[0], warps=warps, stages=stages)
 
-                def call(stream: int, read: Any = read) -> None:
-                    read(memory.data.ptr, memory.nbytes, sms=key, stream=stream)
+                def call(on: int, read: Any = read) -> None:
+                    read(memory.data.ptr, memory.nbytes, sms=key, stream=on)
 
                 best = max(best, memory.nbytes / measure([call]).seconds)
             self._read_rates[key] = best
@@ -103,22 +103,35 @@ class Bench:
     def _read_rates(self) -> dict[int, float]:
         return {}
 
-    @cached_property
+    @property
     def copy_rate(self) -> float:
-        """Bytes per second, read and written together, of a streaming copy of 1 GiB: the driver's, or cupy's kernel on
-        elements of 16 bytes, whichever is faster. In a graph the driver may take a copy engine, which is slower."""
-        import cupy
+        """Bytes per second, read and written together, of a streaming copy of 1 GiB."""
+        return self.copy_rate_of(2 << 30)
 
-        source = self.normal(1 << 29).view(cupy.complex128)
-        target = cupy.empty_like(source)
+    def copy_rate_of(self, work: int) -> float:
+        """Bytes per second of copies that read and write ``work`` bytes together, straight after one another on data
+        that the L2 cache does not hold: what is left of a streaming copy's rate at that size; the best of two shapes.
+        """
+        from nf.kernels import stream
 
-        def driver(stream: int) -> None:
-            cupy.cuda.runtime.memcpyAsync(target.data.ptr, source.data.ptr, source.nbytes, 3, stream)
+        if work not in self._copy_rates:
+            size = work // 2
+            count = max(1, math.ceil((256 << 20) / work))
+            source, target = (self.normal(count * size // 2) for _ in range(2))
+            seconds = []
+            for threads in (256, 512):
+                copy = stream.StreamCopy(self.artifacts([stream.COPY])[0], threads=threads)
 
-        def kernel(_stream: int) -> None:  # on the current stream, which measure() has set
-            cupy.copyto(target, source)
+                def call(on: int, at: int, copy: Any = copy) -> None:
+                    copy(source.data.ptr + at, target.data.ptr + at, size, stream=on, pdl=True)
 
-        return 2.0 * float(source.nbytes) / min(measure([call]).seconds for call in (driver, kernel))
+                seconds.append(measure([partial(call, at=i * size) for i in range(count)]).seconds)
+            self._copy_rates[work] = work / min(seconds)
+        return self._copy_rates[work]
+
+    @cached_property
+    def _copy_rates(self) -> dict[int, float]:
+        return {}
 
 
 def run(only: list[str], progress: Callable[[Row], None]) -> list[Row]:
@@ -138,9 +151,10 @@ def line(row: Row) -> str:
     rate = f"{row.rate / 1e12:7.2f} TB/s   " if row.unit == "B" else f"{row.rate / 1e12:7.1f} TFLOP/s"
     floor = "" if row.floor is None else f" (floor {row.floor:.2f}{'' if row.holds else ', missed'})"
     watts = "" if math.isnan(row.measured.joules) else f"{row.measured.watts:4.0f} W"
+    beside = "".join(f", {score:5.3f} × {reference}" for reference, score in row.beside)
     return (
-        f"{row.kernel:18} {row.case:44} {row.measured.seconds * 1e6:9.1f} µs {rate} {watts}  "
-        f"{row.score:5.3f} × {row.reference}{floor}"
+        f"{row.kernel:18} {row.case:44} {row.measured.seconds * 1e6:9.1f} µs {rate} {watts:6}  "
+        f"{row.score:5.3f} × {row.reference}{floor}{beside}"
     )
 
 

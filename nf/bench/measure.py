@@ -2,7 +2,8 @@
 
 Clocks follow power within a few hundred milliseconds, so timings shorter than that run at burst clocks and mislead:
 everything is warmed up and then timed for long enough, as replays of a CUDA graph, so that the host's launches do not
-count. Energy is the card's own counter, all of the card included.
+count. Energy is the card's own counter, all of the card included; it moves ten times a second, so power is taken
+between two of its steps.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nf.bench.card import energy
+from nf.bench.power import PowerMeter
 
 WARM_SECONDS = 0.4
 RUN_SECONDS = 0.5
@@ -23,7 +24,8 @@ Call = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Of one call: ``seconds`` and ``joules``; ``watts`` on average. Energy is NaN where the driver does not tell."""
+    """Of one call: ``seconds`` and ``joules``; ``watts`` on average. Energy is NaN where the driver does not tell, or
+    the run was too short for it."""
 
     seconds: float
     joules: float
@@ -61,11 +63,9 @@ def measure(
         _replay(graph, stream, max(1, round(warm / once)))
         once = _replay(graph, stream, max(1, round(0.1 / once)))
         replays = max(1, round(run / once))
-        before = energy()
-        seconds = _replay(graph, stream, replays) * replays
-        joules = energy() - before
-    count = replays * rounds * len(calls)
-    return Measurement(seconds / count, joules / count)
+        with PowerMeter(cupy.cuda.Device().id) as meter:
+            seconds = _replay(graph, stream, replays) / (rounds * len(calls))
+    return Measurement(seconds, seconds * meter.watts)
 
 
 def _replay(graph: Any, stream: Any, count: int) -> float:

@@ -21,15 +21,23 @@ FLOOR = 0.85
 def rows(bench: Bench) -> Iterator[Row]:
     def row(kernel: str, case: str, work: int, make: Callable[[], Call]) -> Row:
         measured = measure(bench.rotate(make, work))
-        return Row(kernel, case, measured, work, "B", "copy", work / measured.seconds / bench.copy_rate, FLOOR)
+        rate = work / measured.seconds
+        beside = (("a copy of that size", rate / bench.copy_rate_of(work)),)
+        return Row(kernel, case, measured, work, "B", "streaming copy", rate / bench.copy_rate, FLOOR, beside)
 
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     for tokens in (1024, 2048, 8192):
-        yield row("norm", f"{tokens} tokens", tokens * HIDDEN * 4, partial(_norm, bench, tokens, "plain"))
-        yield row("norm", f"{tokens} tokens, add", tokens * HIDDEN * 8, partial(_norm, bench, tokens, "add"))
-        yield row("rope_append", f"{tokens} tokens, 32/8 heads", tokens * width * 4, partial(_rope, bench, tokens))
-        yield row("gather", f"embed, {tokens} tokens", tokens * HIDDEN * 4, partial(_embed, bench, tokens))
-    yield row("gather", "1024 of 4096 rows, normed", 1024 * HIDDEN * 4, partial(_norm, bench, 1024, "gather", 4096))
+        row_bytes = tokens * HIDDEN * 2
+        yield row("norm", f"{tokens} tokens", 2 * row_bytes, partial(_norm, bench, tokens, "plain"))
+        yield row("norm", f"{tokens} tokens, add", 4 * row_bytes, partial(_norm, bench, tokens, "add"))
+        for what in ("decodes", "a prompt"):
+            make = partial(_rope, bench, tokens, what == "decodes")
+            yield row("rope_append", f"{tokens} tokens, 32/8 heads, {what}", tokens * width * 4, make)
+        for what in ("decodes", "prompts"):
+            make = partial(_embed, bench, tokens, what == "decodes")
+            yield row("gather", f"embed, {tokens} tokens, {what}", 2 * row_bytes, make)
+    gathered = partial(_norm, bench, 1024, "gather", 4096)
+    yield row("gather", "1024 of 4096 rows, normed", 1024 * HIDDEN * 4, gathered)
 
 
 def _count(tokens: int) -> Any:
@@ -55,8 +63,8 @@ def _norm(bench: Bench, tokens: int, variant: norm.Variant, of: int | None = Non
     return call
 
 
-def _rope(bench: Bench, tokens: int) -> Call:
-    """Decodes at random positions, each in a page of its own."""
+def _rope(bench: Bench, tokens: int, decodes: bool) -> Call:
+    """Decodes at random positions, each in a page of its own, or tokens that follow one another."""
     import cupy
 
     from nf.executors.rope import rotary_table
@@ -66,8 +74,13 @@ def _rope(bench: Bench, tokens: int) -> Call:
     qkv = bench.normal(tokens, shape.qkv_size)
     kv = cupy.zeros((tokens, KV_HEADS, 2 * HEAD_DIM * PAGE_SIZE), cupy.uint16)
     table = cupy.asarray(rope_append.rotary_pairs(*rotary_table(RopeConfig(), HEAD_DIM, POSITIONS)))
-    positions = cupy.random.randint(0, POSITIONS, tokens).astype(cupy.int32)
-    places = (cupy.random.permutation(tokens) * PAGE_SIZE + positions % PAGE_SIZE).astype(cupy.int32)
+    if decodes:
+        positions = cupy.random.randint(0, POSITIONS, tokens).astype(cupy.int32)
+        pages = cupy.random.permutation(tokens)
+    else:
+        positions = cupy.arange(tokens, dtype=cupy.int32)
+        pages = cupy.random.permutation(tokens // PAGE_SIZE).repeat(PAGE_SIZE)
+    places = (pages * PAGE_SIZE + positions % PAGE_SIZE).astype(cupy.int32)
     count = _count(tokens)
 
     def call(stream: int) -> None:
@@ -80,15 +93,16 @@ def _rope(bench: Bench, tokens: int) -> Call:
     return call
 
 
-def _embed(bench: Bench, tokens: int) -> Call:
-    """Decodes: every id is in the token buffer."""
+def _embed(bench: Bench, tokens: int, decodes: bool) -> Call:
+    """Decodes, whose ids are in the token buffer, or prompts, whose ids are given."""
     import cupy
 
     kernel = gather.Embed(bench.artifacts(gather.sources()), HIDDEN, POSITIONS)
     table, hidden = _table(bench), cupy.empty((tokens, HIDDEN), cupy.uint16)
     buffer = cupy.asarray(np.random.default_rng(0).integers(0, VOCAB, (256, POSITIONS)).astype(np.int32))
-    ids, slots = cupy.full(tokens, -1, cupy.int32), (cupy.arange(tokens) % 256).astype(cupy.int32)
-    positions, count = cupy.random.randint(0, POSITIONS, tokens).astype(cupy.int32), _count(tokens)
+    ids = cupy.full(tokens, -1, cupy.int32) if decodes else cupy.random.randint(0, VOCAB, tokens).astype(cupy.int32)
+    slots = (cupy.arange(tokens) % 256).astype(cupy.int32)
+    positions, count = cupy.random.permutation(POSITIONS)[:tokens].astype(cupy.int32), _count(tokens)
 
     def call(stream: int) -> None:
         kernel(

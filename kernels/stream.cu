@@ -1,9 +1,10 @@
-// Read memory and drop it: the ceiling that memory-bound kernels are measured against. Every warp copies pieces of
-// PIECE bytes into its ring of stages in shared memory; worker i reads pieces i, i + workers, i + 2 workers, …
+// The ceilings that memory-bound kernels are measured against. See stream.py.
 //
 // Configuration: PIECE bytes.
-#include "hopper.cuh"
+#include "memory.cuh"
 
+// Read memory and drop it. Every warp copies pieces of PIECE bytes into its ring of stages in shared memory; worker i
+// reads pieces i, i + workers, i + 2 workers, …
 extern "C" __global__ void __launch_bounds__(256) stream_read(const char* memory, int pieces, int stages) {
     extern __shared__ __align__(1024) char shared[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -33,4 +34,11 @@ extern "C" __global__ void __launch_bounds__(256) stream_read(const char* memory
         copying += copy(stage) - 1;
         if (++stage == stages) stage = 0, parity ^= 1;
     }
+}
+
+extern "C" __global__ void __launch_bounds__(1024) stream_copy(const uint4* source, uint4* target, int64_t vectors) {
+    grid_dependency_launch();
+    grid_dependency_wait();
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at < vectors) __stcs(target + at, load_16(source + at));  // evicted first: written back early and in order
 }

@@ -1,0 +1,32 @@
+"""The reference kernels of the benchmarks do what their names say."""
+
+from __future__ import annotations
+
+import pytest
+
+from nf.kernels import stream
+from nf.kernels.registry import artifacts
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("threads", [256, 512])
+@pytest.mark.parametrize("size", [0, 16, 4096, 100_000 * 16, (1 << 22) + 15])
+def test_copy(size: int, threads: int) -> None:
+    source = torch.randint(0, 256, ((1 << 22) + 16,), device="cuda", dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    copy = stream.StreamCopy(artifacts([stream.COPY], "sm_90a")[0], threads=threads)
+    copy(source.data_ptr(), target.data_ptr(), size, stream=torch.cuda.current_stream().cuda_stream, pdl=True)
+    done = size // 16 * 16
+    assert torch.equal(target[:done], source[:done])
+    assert not target[done:].any()
+
+
+@pytest.mark.parametrize(("warps", "stages"), [(4, 3), (2, 6), (1, 12)])
+@pytest.mark.parametrize("sms", [1, 132])
+def test_read_ends(warps: int, stages: int, sms: int) -> None:
+    memory = torch.empty(1 << 24, device="cuda", dtype=torch.uint8)
+    read = stream.StreamRead(artifacts([stream.READ], "sm_90a")[0], warps=warps, stages=stages)
+    read(memory.data_ptr(), memory.numel(), sms=sms, stream=torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()

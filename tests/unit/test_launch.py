@@ -1,0 +1,107 @@
+"""Launching a CUDA C++ kernel, down to what the driver is handed, on a double of the driver."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nf.kernels import load
+from nf.kernels.compile import Artifact
+from nf.kernels.source import KernelSource
+
+SOURCE = KernelSource(
+    name="k",
+    language="cuda",
+    files=(),
+    parameters=("pointer", "int32", "pointer", "float32", "int64", "int32"),
+    entry="k",
+)
+TYPES = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_float, ctypes.c_int64, ctypes.c_int32)
+KERNEL = 77
+
+
+class Config(ctypes.Structure):
+    """CUlaunchConfig as cuda.h declares it."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(ctypes.c_int * 18)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+class Driver:
+    def __init__(self) -> None:
+        self.launches: list[dict[str, Any]] = []
+        self.status = 0
+        self.cuLaunchKernelEx = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_void_p,) * 4)(self._launch)
+
+    def _launch(self, at: int, kernel: int, arguments_at: int, extra: int | None) -> int:
+        assert (kernel, extra) == (KERNEL, None)
+        config = Config.from_address(at)
+        arguments = (ctypes.c_void_p * len(TYPES)).from_address(arguments_at)
+        attributes = [tuple(config.attributes[0][:3:2])] if config.num_attributes else []
+        self.launches.append(
+            {
+                "grid": tuple(config.grid),
+                "block": tuple(config.block),
+                "shared": config.shared_bytes,
+                "stream": config.stream,
+                "attributes": attributes,
+                "values": tuple(kind.from_address(arguments[i]).value for i, kind in enumerate(TYPES)),
+            }
+        )
+        return self.status
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    double = Driver()
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver = SimpleNamespace(  # type: ignore[attr-defined]
+        cuLibraryLoadFromFile=lambda *_: (0, object()),
+        cuLibraryGetKernel=lambda _library, entry: (0, KERNEL if entry == b"k" else 0),
+    )
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(load, "_driver", lambda: double)
+    return double
+
+
+def test_the_driver_gets_each_launch_as_it_was_asked_for(driver: Driver) -> None:
+    kernel = load.CudaKernel(Artifact(SOURCE, Path("k.cubin"), ()), shared_bytes=1000)
+    high = 0xFFFF_8000_1234_5678
+    calls = [
+        ((high, -1, 16, 0.5, -(1 << 40), 7), 132, 128, 0x7F00_0000_0010, False),
+        ((1, 2, 3, 1.0, 4, 5), 132, 128, 0x7F00_0000_0010, False),
+        ((1, 2, 3, 1.0, 4, 5), 132, 128, 0x7F00_0000_0010, True),
+        ((1, 2, 3, 1.0, 4, 6), 1, 1024, 8, True),
+        ((1, 2, 3, 1.0, 4, 6), 1, 1024, 8, False),
+    ]
+    for values, grid, block, stream, pdl in calls:
+        kernel(*values, grid=grid, block=block, stream=stream, pdl=pdl)
+    assert driver.launches == [
+        {
+            "grid": (grid, 1, 1),
+            "block": (block, 1, 1),
+            "shared": 1000,
+            "stream": stream,
+            "attributes": [(6, 1)] if pdl else [],  # programmatic stream serialization
+            "values": values,
+        }
+        for values, grid, block, stream, pdl in calls
+    ]
+
+
+def test_a_refused_launch_says_so(driver: Driver) -> None:
+    kernel = load.CudaKernel(Artifact(SOURCE, Path("k.cubin"), ()))
+    driver.status = 700
+    with pytest.raises(load.LaunchError, match="k: launching it failed with CUDA error 700"):
+        kernel(1, 2, 3, 4.0, 5, 6, grid=1, block=32, stream=0)

@@ -1,0 +1,36 @@
+"""The power meter on a counter that moves in steps, as a card's does."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from nf.bench import power
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.015, 0.035])
+def test_power_between_steps(monkeypatch: pytest.MonkeyPatch, offset: float) -> None:
+    watts, step, now = 500.0, 0.05, [0.0]
+
+    def energy(ordinal: int) -> float:
+        assert ordinal == 3
+        now[0] += 0.005  # a reading takes its time
+        return 1e4 + watts * step * math.floor((now[0] - offset) / step)
+
+    monkeypatch.setattr(power, "energy", energy)
+    monkeypatch.setattr(power, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with power.PowerMeter(3) as meter:
+        while now[0] < 0.4:
+            time.sleep(0.005)
+    assert meter.watts == pytest.approx(watts, rel=0.03)
+
+
+@pytest.mark.parametrize("joules", [math.nan, 7.0])
+def test_no_steps_no_power(monkeypatch: pytest.MonkeyPatch, joules: float) -> None:
+    monkeypatch.setattr(power, "energy", lambda _ordinal: joules)
+    with power.PowerMeter(0) as meter:
+        time.sleep(0.02)
+    assert math.isnan(meter.watts)
