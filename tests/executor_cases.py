@@ -48,12 +48,21 @@ def random_weights(model: Model, seed: int) -> ModelWeights:
     return ModelWeights(embed, draw(model.final_norm.shape), lm_head, layers)
 
 
-def random_plan(model: Model, dense_batch_size: int, random: Random) -> PipelinePlan:
-    """One stream; each operation cut at its own random places, nano-operations of an operation in random order."""
+def random_plan(
+    model: Model, dense_batch_size: int, random: Random, alike: dict[str, str] | None = None
+) -> PipelinePlan:
+    """One stream; each operation cut at its own random places, nano-operations of an operation in random order.
+
+    ``alike`` maps operations to earlier ones that they are cut like.
+    """
     ranges: list[tuple[int, int]] = []
     items = []
+    cuts_of: dict[str, list[int]] = {}
     for operation in model.operations:
-        cuts = sorted(random.sample(range(1, dense_batch_size), random.randint(0, min(3, dense_batch_size - 1))))
+        count = random.randint(0, min(3, dense_batch_size - 1))
+        drawn = sorted(random.sample(range(1, dense_batch_size), count))
+        cuts = cuts_of.get((alike or {}).get(operation.name, ""), drawn)
+        cuts_of[operation.name] = cuts
         own = list(zip([0, *cuts], [*cuts, dense_batch_size], strict=True))
         random.shuffle(own)
         for part in own:

@@ -29,11 +29,11 @@ from gpu_runs import (
 )
 
 from nf.config import RopeConfig
-from nf.errors import EngineError, ModelError
+from nf.errors import EngineError
 from nf.executors.cpu_sampling import sample
 from nf.executors.gpu import GpuExecutor
-from nf.graphs.plan import nano_batch_plan, sequential_plan
-from nf.kernels.device import Device
+from nf.graphs.plan import nano_batch_plan
+from nf.kernels.device import Device, DeviceMemoryError
 from nf.scheduler.batch import Batch, PromptLogprobsBatch, SamplingBatch
 
 pytestmark = pytest.mark.gpu
@@ -103,15 +103,7 @@ def test_plans_that_cut_anywhere(name: str, seed: int) -> None:
     """Nano-batches that are no whole tiles, different ones for each operation."""
     model = model_for_gpu(**CONFIGS[name])
     weights, sequences = weights_for_gpu(model, 3), random_sequences(seed)
-    plan = random_plan(model, DENSE, Random(seed))
-    if model.config.num_experts:  # both products of the experts work on the same sorted rows
-        (stream,) = plan.streams
-        kept = [item for item in stream.nano_operations if not item.operation.startswith("moe")]
-        whole = sequential_plan(model.operations, DENSE)
-        own = [item for item in whole.streams[0].nano_operations if item.operation.startswith("moe")]
-        ranges = (*plan.nano_batches, (0, DENSE))
-        own = [type(item)(item.operation, len(ranges) - 1) for item in own]
-        plan = type(plan)("random", DENSE, ranges, (type(stream)("all", (*kept, *own)),))
+    plan = random_plan(model, DENSE, Random(seed), alike={"moe_down_proj": "moe_gate_up_proj"})
     with gpu_executor(model, weights, plan) as run:
         check_logits(all_logits(run, maker(), sequences, DENSE, seed), sequences, model, weights)
 
@@ -270,7 +262,9 @@ def test_tokens_are_those_the_cpu_samples_from_the_same_logits(lists: bool) -> N
             prompts[3] = PROMPT
             batch = batches.batch([Part(slot, 0, ids.tolist()) for slot, ids in enumerate(prompts)], sampling)
             found = tokens_of(run, batch)
-            expected = sample(run.logits(batch, sampling.rows), sampling, prompts.astype(np.int32))
+            logits = run.logits(batch, sampling.rows)
+            with np.errstate(divide="ignore"):
+                expected = sample(logits, sampling, prompts.astype(np.int32))
             assert found == expected.tolist()
 
 
@@ -381,17 +375,6 @@ def nothing() -> SamplingBatch:
     return sampling_batch([], [], [])
 
 
-def test_what_it_cannot_run_is_refused_before_anything_is_allocated() -> None:
-    free = Device().memory()[0]
-    model = model_for_gpu(o_bias=True)
-    with (
-        pytest.raises(ModelError, match="bias"),
-        gpu_executor(model, weights_for_gpu(model, 0), DENSE),
-    ):
-        pass
-    assert Device().memory()[0] >= free - (64 << 20)
-
-
 def test_opening_and_closing_leaves_nothing_behind() -> None:
     def open_files() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
@@ -421,8 +404,6 @@ def own_threads() -> list[threading.Thread]:
 
 
 def test_too_many_pages_say_how_much_memory_there_is() -> None:
-    from nf.kernels.device import DeviceMemoryError
-
     free = Device().memory()[0]
     with (
         pytest.raises(DeviceMemoryError, match=r"KV pages need \d+\.\d\d GiB of GPU memory, and .* are free"),

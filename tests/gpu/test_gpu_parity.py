@@ -1,0 +1,35 @@
+"""Every architecture against transformers in float32 on the same GPU; scripts/check_parity.py does it at full width."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from nf.graphs.plan import nano_batch_plan
+
+pytestmark = pytest.mark.gpu
+
+NAMES = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
+
+
+@pytest.fixture(scope="module")
+def parity() -> ModuleType:
+    """Needs PyTorch and transformers, which take a while to import."""
+    if find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    import parity
+
+    assert set(parity.CASES) == set(NAMES)
+    return parity
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(parity: ModuleType, name: str, tmp_path: Path) -> None:
+    model = parity.write_checkpoint(tmp_path, parity.CASES[name].config(small=True), device="cuda")
+    ours, theirs = parity.measure(model, tmp_path, nano_batch_plan(model.operations, parity.DENSE_BATCH_SIZE))
+    report = f"{ours}; transformers in bfloat16: {theirs}"
+    assert ours.error <= parity.ERROR, report
+    assert ours.agreement >= parity.AGREEMENT, report
