@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from nf.bench.card import energy
 from nf.bench.measure import RUN_SECONDS, WARM_SECONDS, Measurement
+from nf.bench.power import PowerMeter
 from nf.executors.base import Executor, StepHandle
 from nf.scheduler.batch import Batch, PromptLogprobsBatch, SamplingBatch
 
@@ -40,8 +41,8 @@ class Load:
         return round(self.dense_batch_size * decodes / (self.input_len + decodes))
 
     @property
-    def num_pages_at(self) -> int:
-        """Tokens in the KV cache during such a step, for choosing a number of pages."""
+    def kv_tokens(self) -> int:
+        """Tokens in the KV cache during such a step."""
         return sum(self.kv_lens())
 
     def kv_lens(self) -> list[int]:
@@ -62,50 +63,61 @@ class Load:
             left -= new
         return chunks
 
-    def batch(self, page_size: int) -> Batch:
-        """The step, on pages 0, 1, 2, …"""
-        count, chunks = self.num_decode, self._chunks()
-        new = np.array([1] * count + [tokens for _, tokens in chunks], np.int64)
-        kv_lens = np.array(self.kv_lens(), np.int64)
-        seqs = len(new)
-        ends = np.cumsum(new)
-        pages = -(-kv_lens // page_size)
-        rows = np.concatenate([np.arange(count), ends[count:] - 1]).astype(np.int32)
-        generator = np.random.default_rng(0)
-        positions = np.concatenate([np.arange(n - t, n) for n, t in zip(kv_lens, new, strict=True)])
-        int32 = np.int32
-        return Batch(
-            step=0,
-            num_decode=count,
-            token_ids=generator.integers(0, 1000, int(ends[-1])).astype(int32),
-            token_slots=np.repeat(np.arange(seqs), new).astype(int32),
-            positions=positions.astype(int32),
-            slots=np.arange(seqs, dtype=int32),
-            qo_indptr=np.concatenate([[0], ends]).astype(int32),
-            kv_lens=kv_lens.astype(int32),
-            kv_indptr=np.concatenate([[0], np.cumsum(pages)]).astype(int32),
-            kv_indices=np.arange(int(pages.sum()), dtype=int32),
-            last_page_len=(kv_lens - (pages - 1) * page_size).astype(int32),
-            sampling=_greedy(rows, kv_lens.astype(int32)),
-            prompt_logprobs=PromptLogprobsBatch(*(np.zeros(0, int32) for _ in range(4))),
-            swap_out=np.zeros((0, 2), int32),
-            swap_in=np.zeros((0, 2), int32),
-            page_copies=np.zeros((0, 2), int32),
-            forks=np.zeros((0, 3), int32),
-        )
+    def batch(self, page_size: int, num_pages: int | None = None) -> Batch:
+        """The step, on pages 0, 1, 2, …; see ``step_batch``."""
+        lens = self.kv_lens()
+        new = [1] * self.num_decode + [tokens for _, tokens in self._chunks()]
+        return step_batch(self.num_decode, new, lens, page_size, num_pages)
+
+
+def step_batch(
+    num_decode: int, new: Sequence[int], lens: Sequence[int], page_size: int, num_pages: int | None = None
+) -> Batch:
+    """A step whose sequences take ``new`` tokens each and are ``lens`` long then; the first ``num_decode`` decode.
+
+    Each has pages of its own as long as there are, if only ``num_pages`` exist; then they are taken in turn, which
+    makes the step's results worthless but not its work.
+    """
+    count, new_tokens, kv_lens = num_decode, np.array(new, np.int64), np.array(lens, np.int64)
+    seqs = len(new_tokens)
+    ends = np.cumsum(new_tokens)
+    pages = -(-kv_lens // page_size)
+    rows = np.concatenate([np.arange(count), ends[count:] - 1]).astype(np.int32)
+    generator = np.random.default_rng(0)
+    positions = np.concatenate([np.arange(n - t, n) for n, t in zip(kv_lens, new_tokens, strict=True)])
+    int32 = np.int32
+    total = int(pages.sum())
+    return Batch(
+        step=0,
+        num_decode=count,
+        token_ids=generator.integers(0, 1000, int(ends[-1])).astype(int32),
+        token_slots=np.repeat(np.arange(seqs), new_tokens).astype(int32),
+        positions=positions.astype(int32),
+        slots=np.arange(seqs, dtype=int32),
+        qo_indptr=np.concatenate([[0], ends]).astype(int32),
+        kv_lens=kv_lens.astype(int32),
+        kv_indptr=np.concatenate([[0], np.cumsum(pages)]).astype(int32),
+        kv_indices=(np.arange(total) % (num_pages or total)).astype(int32),
+        last_page_len=(kv_lens - (pages - 1) * page_size).astype(int32),
+        sampling=_greedy(rows, kv_lens.astype(int32)),
+        prompt_logprobs=PromptLogprobsBatch(*(np.zeros(0, int32) for _ in range(4))),
+        swap_out=np.zeros((0, 2), int32),
+        swap_in=np.zeros((0, 2), int32),
+        page_copies=np.zeros((0, 2), int32),
+        forks=np.zeros((0, 3), int32),
+    )
 
 
 def measure_step(
-    executor: Executor, batch: Batch, *, warm: float = WARM_SECONDS, run: float = RUN_SECONDS
+    executor: Executor, batch: Batch, *, warm: float = WARM_SECONDS, run: float = RUN_SECONDS, device: int = 0
 ) -> Measurement:
     """Mean time and energy of a step, with as many steps enqueued ahead as the engine enqueues."""
     once = _replay(executor, batch, 2) / 2
     _replay(executor, batch, max(1, round(warm / once)))
     count = max(4, round(run / once))
-    before = energy()
-    seconds = _replay(executor, batch, count)
-    joules = energy() - before
-    return Measurement(seconds / count, joules / count)
+    with PowerMeter(device) as meter:
+        seconds = _replay(executor, batch, count) / count
+    return Measurement(seconds, seconds * meter.watts)
 
 
 def _replay(executor: Executor, batch: Batch, count: int) -> float:

@@ -20,22 +20,20 @@ from numpy.typing import NDArray
 
 from nf.errors import EngineError, ModelError
 from nf.executors.base import StepHandle
-from nf.executors.gpu_buffers import Buffers, Sizes, buffer_layout
-from nf.executors.gpu_inputs import StepInputs
-from nf.executors.gpu_layers import OPERATIONS, LayerKernels, Layers, Memory
-from nf.executors.gpu_outputs import PendingResult, StepOutputs
+from nf.executors.gpu_buffers import Sizes, buffer_layout
+from nf.executors.gpu_layers import OPERATIONS, LayerKernels, Layers
+from nf.executors.gpu_memory import step_memory
+from nf.executors.gpu_outputs import PendingResult
 from nf.executors.gpu_pages import KvPages
 from nf.executors.gpu_trace import capture_traced
 from nf.executors.gpu_weights import DeviceWeights
-from nf.executors.rope import rotary_table
 from nf.executors.trace import Span
 from nf.graphs.capture import Graph, capture
 from nf.graphs.partition import Lane, lanes
 from nf.graphs.plan import PipelinePlan, sequential_plan, unroll, validate
 from nf.graphs.pool import GraphPool, capacities
-from nf.kernels.device import Device, DeviceMemory, Event, Stream
+from nf.kernels.device import Device, Event, Stream
 from nf.kernels.registry import all_sources, artifacts
-from nf.kernels.rope_append import rotary_pairs
 from nf.models.declaration import Model
 from nf.scheduler.batch import Batch, Int32, without_sampling
 
@@ -200,34 +198,21 @@ class GpuExecutor:
         undo.callback(self._pages.free)
         self._kernels = LayerKernels(compiled, self._model, sizes, page_bytes=self._pages.page_bytes, sms=sms)
         self.startup["kernels"] = time.perf_counter() - started
-        buffers = Buffers(buffer_layout(config, sizes, self._plans, sms))
-        undo.callback(buffers.free)
-        ranges = [part for plan in self._plans for part in plan.nano_batches]
-        inputs = StepInputs(
-            dense_batch_size=sizes.dense_batch_size,
-            max_num_seqs=sizes.max_num_seqs,
-            max_model_len=sizes.max_model_len,
-            page_size=self.page_size,
+        self._memory = step_memory(
+            config,
+            self._plans,
+            sizes,
+            self._kernels,
+            weights,
+            self._pages,
+            undo,
             num_host_pages=num_host_pages,
-            ranges=ranges,
+            sms=sms,
         )
-        undo.callback(inputs.free)
-        outputs = StepOutputs(
-            max_num_seqs=sizes.max_num_seqs, dense_batch_size=sizes.dense_batch_size, vocab_size=config.vocab_size
-        )
-        undo.callback(outputs.free)
-        sampler = DeviceMemory(self._kernels.sampler.workspace_bytes, "workspaces of sampling").zero()
-        undo.callback(sampler.free)
         self._timers = [(Event(timing=True), Event(timing=True)) for _ in range(TIMED_STEPS)]
         for event in (event for pair in self._timers for event in pair):
             undo.callback(event.free)
         self._submitted = 0
-        rotary = rotary_pairs(*rotary_table(config.rope, config.head_dim, sizes.tokens_stride))
-        buffers.memory.upload(rotary, buffers.offsets["rotary"])
-        buffers.memory.upload(np.array([sizes.max_num_seqs], np.int32), buffers.offsets["row_capacity"])
-        self._memory = Memory(
-            weights, buffers, inputs, outputs, self._pages.pointer, self._pages.layer_bytes, sampler.pointer
-        )
 
     def _capture(self, undo: ExitStack) -> None:
         started = time.perf_counter()
