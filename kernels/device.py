@@ -6,13 +6,17 @@ this: the driver keeps the current context per thread.
 
 from __future__ import annotations
 
-import ctypes
+import mmap
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nf.errors import NfError
+
+_PIECE_BYTES = 64 << 20  # of pinned memory that a thread makes at a time
+_TOUCHING_THREADS = 4  # more are not faster
 
 
 class CudaError(NfError, RuntimeError):
@@ -134,23 +138,42 @@ class DeviceMemory:
 
 
 class PinnedMemory:
-    """Page-locked host bytes that the GPU copies from and to without waiting; ``array`` is a uint8 view."""
+    """Page-locked host bytes, zeros at first, that the GPU copies from and to without waiting; ``array`` is a uint8
+    view. Kernels address them by the same pointer.
+
+    The pages are made by threads of ours before the driver locks them: it would make them alone, and keep all other
+    driver calls of the process waiting (1.3 s for 4 GiB, against 0.15 s of locking).
+    """
 
     def __init__(self, num_bytes: int) -> None:
         from cuda.bindings import driver
 
         self.num_bytes = num_bytes
-        self.pointer = int(checked(driver.cuMemHostAlloc(max(1, num_bytes), 0)))
-        buffer = (ctypes.c_uint8 * num_bytes).from_address(self.pointer)
-        self.array: NDArray[np.uint8] = np.ctypeslib.as_array(buffer)
+        pages = mmap.mmap(-1, max(1, num_bytes))
+        whole = np.frombuffer(pages, np.uint8)
+        _touch(whole)
+        self.pointer = int(whole.ctypes.data)
+        self.array: NDArray[np.uint8] = whole[:num_bytes]
+        checked(driver.cuMemHostRegister(self.pointer, len(whole), 0))
 
     def free(self) -> None:
-        """Give the bytes back; idempotent. No copy may be under way, and views of ``array`` become invalid."""
+        """Give the bytes back; idempotent. No copy may be under way."""
         from cuda.bindings import driver
 
         if self.pointer:
-            checked(driver.cuMemFreeHost(self.pointer))
+            checked(driver.cuMemHostUnregister(self.pointer))
             self.pointer = 0
+            self.array = np.empty(0, np.uint8)  # the last view gives the pages back
+
+
+def _touch(pages: NDArray[np.uint8]) -> None:
+    """Make all pages, large ones on several threads."""
+    pieces = [pages[start : start + _PIECE_BYTES : mmap.PAGESIZE] for start in range(0, len(pages), _PIECE_BYTES)]
+    if len(pieces) == 1:
+        pieces[0][:] = 0
+        return
+    with ThreadPoolExecutor(_TOUCHING_THREADS) as pool:
+        list(pool.map(lambda piece: piece.fill(0), pieces))
 
 
 class Stream:
