@@ -42,7 +42,7 @@ def nano_batch_plan(operations: Sequence[Operation], dense_batch_size: int) -> P
     if dense_batch_size < 2:
         raise PlanError("dense_batch_size", f"must be at least 2 tokens to make 2 nano-batches, got {dense_batch_size}")
     names = [operation.name for operation in operations]
-    lanes = [_lane(operation) for operation in operations]
+    lanes = [lane_of(operation) for operation in operations]
     first = lanes.index("memory") if "memory" in lanes else len(lanes)
     last = first + len(list(takewhile(lambda lane: lane == "memory", lanes[first:])))
     before, attention, rest = names[:first], names[first:last], names[last:]
@@ -50,11 +50,11 @@ def nano_batch_plan(operations: Sequence[Operation], dense_batch_size: int) -> P
     # Nano-batch 0 is ahead: its attention runs in the round of what it waits for, that of nano-batch 1 in the next.
     parts = [(attention, 1, LAG), (rest, 0, LAG), (before, 0, 0), (attention, 0, 0), (rest, 1, LAG), (before, 1, 0)]
     in_order = [NanoOperation(name, nano_batch, lag) for part, nano_batch, lag in parts for name in part]
-    lane_of = dict(zip(names, lanes, strict=True))
+    lane_by_name = dict(zip(names, lanes, strict=True))
     streams = tuple(
         Stream(lane, items, priority=priority)
         for lane, priority in _PRIORITY.items()
-        if (items := tuple(item for item in in_order if lane_of[item.operation] == lane))
+        if (items := tuple(item for item in in_order if lane_by_name[item.operation] == lane))
     )
     middle = _middle(dense_batch_size)
     return PipelinePlan("nano-batch", dense_batch_size, ((0, middle), (middle, dense_batch_size)), streams)
@@ -66,7 +66,7 @@ BUILT_IN = {"sequential": sequential_plan, "nano-batch": nano_batch_plan}
 _PRIORITY = {"compute": 0, "memory": -1, "network": -1}
 
 
-def _lane(operation: Operation) -> str:
+def lane_of(operation: Operation) -> str:
     """The stream an operation goes to.
 
     Memory-bound operations over all rows (norms, RoPE) are short and stand between two GEMMs of the same nano-batch:

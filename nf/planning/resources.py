@@ -1,0 +1,240 @@
+"""Stage II of the search for the hardware at hand: which stream gets which SMs, and what comes of it.
+
+shares.py gives every nano-operation a share of its own, as the paper does. A GPU gives shares to streams: partitions
+of a multiple of 8 SMs that are held all the time, or none, where nano-operations of several streams share SMs as the
+hardware sees fit. These arrangements are few, so all that were measured are tried. For the most promising ones,
+structures are searched with durations as they will be under them, and every structure that was found is then replayed
+under every arrangement, with energy. Not to overlap at all is among the candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from time import monotonic
+
+from nf.graphs.builtin import lane_of, sequential_plan
+from nf.graphs.plan import PipelinePlan
+from nf.models.operations import Operation
+from nf.planning.interference import Curve, CurvePoint, curve
+from nf.planning.nano_layer import COMPUTE, BatchShape, CostOf, profiled_costs
+from nf.planning.overlap import Arrangement, Steady, replay
+from nf.planning.profile_store import SM_STEP, Cost, Profile, Sms
+from nf.planning.shares import PowerLimit
+from nf.planning.structure import Structure, search_structures, structure_bound
+
+PROMISING = 1.05  # times the sequential period; predictions are wrong by some per cent
+MAX_ALIKE = 3  # candidates under one arrangement, as long as there are others
+MAX_SEARCHES = 4  # arrangements for which structures are searched; the others use what was found for these
+SEQUENTIAL = "sequential"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan and what is predicted of it at steady state.
+
+    Args:
+        arrangement: how its streams divide the GPU; "sequential" if it has only one.
+        period: seconds per layer.
+        joules: per layer, static power included; NaN where energies are unknown.
+        power_period: seconds per layer if nothing but the power limit held it up.
+        bound: seconds; no plan under any arrangement that was tried has a shorter period, by this prediction.
+    """
+
+    plan: PipelinePlan
+    arrangement: str
+    period: float
+    joules: float
+    power_period: float
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        """How much shorter the period of some other plan could at most be, relative."""
+        return 1 - self.bound / self.period
+
+
+def power_limit(profile: Profile) -> PowerLimit | None:
+    """The power limit of the card, None where it is not known."""
+    if profile.cap_watts is None or profile.idle_watts is None:
+        return None
+    return PowerLimit(profile.cap_watts, profile.idle_watts)
+
+
+def find_candidates(
+    operations: Sequence[Operation],
+    batch: BatchShape,
+    profile: Profile,
+    *,
+    seconds: float = 100.0,
+    count: int = 8,
+    lane: Callable[[Operation], str] = lane_of,
+) -> tuple[Candidate, ...]:
+    """The plans that are predicted to be the fastest, the sequential one among them, shortest period first.
+
+    Args:
+        operations: of one layer, in logical order.
+        profile: measurements of all of them, and of pairs where overlapping is to be considered.
+        seconds: to search for, roughly.
+        count: candidates at most, each cut, ordered or arranged in another way.
+
+    Raises:
+        InputError: an operation was not measured.
+    """
+    deadline = monotonic() + seconds
+    cost_of, power = profiled_costs(profile, batch), power_limit(profile)
+    alone = _sequential(operations, batch, cost_of, power)
+    plans: dict[PipelinePlan, tuple[str, Steady]] = {alone[0]: (SEQUENTIAL, alone[1])}
+    bounds = [alone[1].seconds]
+
+    options = arrangements(profile, operations, lane)
+    promise = {a.name: overlap_bound(a, operations, batch, cost_of, lane) for a in options}
+    bounds += promise.values()
+    worth = alone[1].seconds * PROMISING
+    options = sorted((a for a in options if promise[a.name] < worth), key=lambda a: promise[a.name])
+    structures: list[Structure] = []
+    searches = options[:MAX_SEARCHES]
+    for done, arrangement in enumerate(searches):
+        left = max(0.0, deadline - monotonic()) / (len(searches) - done)
+        slowed = overlapped_costs(arrangement, operations, batch, cost_of, lane)
+        structures += search_structures(operations, batch, slowed, seconds=left, keep=count, lane=lane).structures
+    for structure, arrangement in product(structures, options):
+        steady = replay(structure.rounds, arrangement, cost_of, power)
+        name = f"{arrangement.name}, {len(structure.rounds.layer.tasks)} nano-operations"
+        plan = structure.rounds.plan(name, batch.tokens, sms=arrangement.sms, model=profile.model, gpu=profile.key.gpu)
+        plans.setdefault(plan, (arrangement.name, steady))
+    return _best(plans, min(bounds), count)
+
+
+def _best(plans: Mapping[PipelinePlan, tuple[str, Steady]], bound: float, count: int) -> tuple[Candidate, ...]:
+    candidates = [
+        Candidate(plan, name, steady.seconds, steady.joules, steady.power_seconds, min(bound, steady.seconds))
+        for plan, (name, steady) in plans.items()
+    ]
+    best = min(candidate.period for candidate in candidates)
+    ranked = sorted(candidates, key=lambda c: (round(c.period / best, 3), _nano_operations(c.plan), c.period))
+    alike: Counter[str] = Counter()
+    varied: list[Candidate] = []
+    others: list[Candidate] = []
+    for candidate in ranked:
+        alike[candidate.arrangement] += 1
+        (varied if alike[candidate.arrangement] <= MAX_ALIKE else others).append(candidate)
+    sequential = next(c for c in ranked if c.arrangement == SEQUENTIAL)
+    chosen = [sequential, *(c for c in (*varied, *others) if c is not sequential)][:count]
+    return tuple(sorted(chosen, key=lambda c: c.period))
+
+
+def _nano_operations(plan: PipelinePlan) -> int:
+    return sum(len(stream.nano_operations) for stream in plan.streams)
+
+
+def _sequential(
+    operations: Sequence[Operation], batch: BatchShape, cost_of: CostOf, power: PowerLimit | None
+) -> tuple[PipelinePlan, Steady]:
+    costs = [cost_of(operation, batch.rows(operation, 0, batch.tokens), "all") for operation in operations]
+    seconds, joules = math.fsum(c.seconds for c in costs), math.fsum(c.joules for c in costs)
+    limit = (joules - power.idle_watts * seconds) / power.dynamic_watts if power and not math.isnan(joules) else 0.0
+    # What was measured alone at steady state was measured under the power limit: it does not count twice.
+    return sequential_plan(operations, batch.tokens), Steady(seconds, joules, limit)
+
+
+def arrangements(
+    profile: Profile, operations: Sequence[Operation], lane: Callable[[Operation], str] = lane_of
+) -> list[Arrangement]:
+    """Every way to divide the GPU between the lanes that was measured and that the hardware can give."""
+    names: dict[str, list[str]] = {}
+    for operation in operations:
+        names.setdefault(lane(operation), []).append(operation.name)
+    others = [name for name in names if name != COMPUTE]
+    curves = {name: curve(profile, names.get(COMPUTE, ()), names[name]) for name in others}
+    if not others or COMPUTE not in names or not all(curves.values()):
+        return []
+    return [*_shared(curves), *_partitioned(curves, profile.gpu_sms)]
+
+
+def _shared(curves: Mapping[str, Curve]) -> Iterable[Arrangement]:
+    """Without partitions: the hardware divides the SMs. Several points differ in the kernels that were measured."""
+    points = {lane: [point for point in curve if point.sms == "all"] for lane, curve in curves.items()}
+    for number, chosen in enumerate(product(*points.values())):
+        sms: dict[str, Sms] = dict.fromkeys([COMPUTE, *curves], "all")
+        name = "co-resident" if number == 0 else f"co-resident {number + 1}"
+        yield Arrangement(name, sms, dict(zip(curves, chosen, strict=True)))
+
+
+def _partitioned(curves: Mapping[str, Curve], gpu_sms: int) -> Iterable[Arrangement]:
+    """With a partition for every lane; compute-bound operations have what is left."""
+    points: dict[str, list[tuple[int, CurvePoint]]] = {
+        lane: [(point.sms, point) for point in curve if point.sms != "all" and point.sms % SM_STEP == 0]
+        for lane, curve in curves.items()
+    }
+    for chosen in product(*points.values()):
+        taken = dict(zip(curves, (sms for sms, _ in chosen), strict=True))
+        left = gpu_sms - sum(taken.values())
+        if left < SM_STEP:
+            continue
+        name = " and ".join(f"{sms} SMs for {lane}" for lane, sms in taken.items())
+        sms: dict[str, Sms] = {COMPUTE: left, **taken}
+        yield Arrangement(name, sms, dict(zip(curves, (point for _, point in chosen), strict=True)))
+
+
+def overlap_bound(
+    arrangement: Arrangement,
+    operations: Sequence[Operation],
+    batch: BatchShape,
+    cost_of: CostOf,
+    lane: Callable[[Operation], str] = lane_of,
+) -> float:
+    """Seconds per layer that no plan under ``arrangement`` can beat, however it is cut and ordered.
+
+    For every lane beside the compute-bound one: x seconds of both together and the rest of each alone take least where
+    one of the two has no rest, or where they never overlap.
+    """
+    bounds = []
+    loads = {name: _least_load(arrangement, operations, batch, cost_of, lane, name) for name in arrangement.sms}
+    for name, point in arrangement.points.items():
+        kept, speed = point.kept_in_partition, point.speed_in_partition
+        for_both = (0.0, loads[COMPUTE] / kept, loads[name] / speed)
+        bounds.append(
+            min(x + max(0.0, loads[COMPUTE] - kept * x) + max(0.0, loads[name] - speed * x) for x in for_both)
+        )
+    return max(bounds)
+
+
+def _least_load(
+    arrangement: Arrangement,
+    operations: Sequence[Operation],
+    batch: BatchShape,
+    cost_of: CostOf,
+    lane: Callable[[Operation], str],
+    name: str,
+) -> float:
+    own = [operation for operation in operations if lane(operation) == name]
+    return structure_bound(own, batch, lambda op, rows, _: cost_of(op, rows, arrangement.sms[name]), lane)
+
+
+def overlapped_costs(
+    arrangement: Arrangement,
+    operations: Sequence[Operation],
+    batch: BatchShape,
+    cost_of: CostOf,
+    lane: Callable[[Operation], str] = lane_of,
+) -> CostOf:
+    """Costs as they will be under ``arrangement`` if everything else runs beside compute-bound operations.
+
+    The others take what they take beside those; the compute-bound ones are slowed down evenly by what that costs them
+    over a whole layer.
+    """
+    loads = {name: _least_load(arrangement, operations, batch, cost_of, lane, name) for name in arrangement.sms}
+    lost = sum((1 - p.kept_in_partition) * loads[name] / p.speed_in_partition for name, p in arrangement.points.items())
+    factors = {name: 1 / point.speed_in_partition for name, point in arrangement.points.items()}
+    factors[COMPUTE] = 1 + lost / loads[COMPUTE]
+
+    def slowed(operation: Operation, rows: int, _: Sms) -> Cost:
+        name = lane(operation)
+        cost = cost_of(operation, rows, arrangement.sms[name])
+        return Cost(cost.seconds * factors[name], cost.joules)
+
+    return slowed
