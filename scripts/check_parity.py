@@ -46,8 +46,8 @@ def main() -> int:
         records[name] = {"nf": dataclasses.asdict(ours), "transformers_bf16": dataclasses.asdict(theirs)}
         if ours.error > ERROR or ours.agreement < AGREEMENT:
             failed.append(name)
-    if args.json:
-        args.json.write_text(json.dumps({"tokens": TOKENS, "plan": args.plan, "models": records}, indent=2) + "\n")
+        if args.json:
+            args.json.write_text(json.dumps({"tokens": TOKENS, "plan": args.plan, "models": records}, indent=2) + "\n")
     if failed:
         print(f"too far from float32: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

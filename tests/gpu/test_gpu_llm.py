@@ -20,7 +20,7 @@ from nf import LLM, AsyncLLM, RequestOutput, SamplingParams
 
 pytestmark = pytest.mark.gpu
 
-MARGIN = 0.25  # nats by which a token may be less likely than the best and still be taken for rounding
+MARGIN = 0.15  # nats by which a token may be less likely than the best and still be taken for rounding
 SUBJECTS = (
     "path", "line", "name", "value", "key", "items", "text", "file", "index", "number", "stream", "node", "module",
     "result", "message", "socket", "thread", "parser", "buffer", "object", "string", "address", "pattern", "count",
@@ -81,7 +81,7 @@ def test_greedy_text_is_the_cpus_where_the_margin_allows_it(gpu: LLM, cpu: LLM) 
             assert completion.logprobs is not None
             best, second = sorted((at.logprob for at in completion.logprobs[first].values()), reverse=True)[:2]
             assert best - second <= MARGIN
-    assert same >= 40
+    assert same >= 30  # two of three prompts meet a margin below 0.04 somewhere in their 48 tokens
     check_greedy(cpu, found)
 
 
