@@ -1,0 +1,300 @@
+"""Nano-operations on the GPU, one or two at a time, at steady state: where the points of a profile come from.
+
+A few layers of the model with random weights and KV pages stand for all of them; calls go round over the layers, so
+that nothing is found in the L2 cache that would not be there in a step. Points follow one another without a pause,
+which keeps the clocks where the power cap puts them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from nf.bench.card import driver_version, power_cap
+from nf.bench.power import PowerMeter
+from nf.bench.steady_step import step_batch
+from nf.config import ModelConfig
+from nf.executors.gpu_buffers import Sizes, buffer_layout
+from nf.executors.gpu_layers import LayerKernels, Layers
+from nf.executors.gpu_memory import step_memory
+from nf.executors.gpu_pages import KvPages, page_bytes
+from nf.executors.gpu_weights import random_device_weights
+from nf.graphs.capture import Graph, capture
+from nf.graphs.partition import Lane, lanes
+from nf.graphs.pipeline_plan import PipelinePlan, Stream
+from nf.graphs.plan import LayerStep, sequential_plan
+from nf.kernels import device as cuda
+from nf.kernels.random_fill import RandomFill
+from nf.kernels.random_fill import sources as fill_sources
+from nf.kernels.registry import all_sources, artifacts
+from nf.kernels.source import HERE
+from nf.models.declaration import Model
+from nf.models.operations import Rows
+from nf.models.registry import declare
+from nf.planning.profile import LM_HEAD, Extent
+from nf.planning.profile_store import CoRun, Cost, Load, ProfileKey, Sms, SoloKey
+from nf.scheduler.batch import Batch
+
+LAYERS = 8  # their weights and pages are several times the L2 cache
+PAGE_SIZE = 16
+WARM_SECONDS, RUN_SECONDS = 0.1, 0.35  # the energy counter moves every 0.1 s
+GRAPH_SECONDS = 4e-3  # of one replay, so that the host's launches do not count
+MAX_CALLS = 320  # in a graph
+KV_BYTES = 48 << 30  # at most; sequences take pages in turn
+PROMPT = 1024  # tokens, where the length of prompts does not matter
+RANDOM_BUFFERS = ("hidden", "normed", "qkv", "attn", "activated", "permuted", "expert_down")
+
+
+def profile_key(device: cuda.Device) -> ProfileKey:
+    """What measurements on this GPU, with these kernels, are valid for."""
+    state = hashlib.sha256()
+    for source in sorted(all_sources(), key=lambda source: source.name):
+        state.update(source.digest(device.arch).encode())
+    state.update((HERE / "gemm_table.json").read_bytes())  # which of them is launched
+    return ProfileKey(device.name, driver_version() or "unknown", state.hexdigest()[:12])
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """Nano-operations of one stream, captured: ``calls`` of them per replay of ``graph`` on ``origin``."""
+
+    graph: Graph
+    calls: int
+    origin: cuda.Stream
+
+
+class GpuBench:
+    """A ``Bench`` on one GPU.
+
+    Args:
+        config: shape of the model.
+        extent: bounds the batches.
+        run: seconds that each point is measured for.
+
+    Raises:
+        DeviceMemoryError: the GPU has not enough memory free; nothing stays allocated.
+    """
+
+    def __init__(self, config: ModelConfig, extent: Extent, device: cuda.Device, *, run: float = RUN_SECONDS) -> None:
+        self.idle_watts = _idle_watts()
+        self.cap_watts = power_cap()
+        self._config = config = replace(config, num_layers=min(LAYERS, config.num_layers))
+        self._model: Model = declare(config)
+        self._device, self._run_seconds = device, run
+        self._operations = {operation.name: operation for operation in self._model.operations}
+        decodes, tokens = extent.decode_rows[-1], extent.rows[-1]
+        longest = max(PROMPT, *extent.decode_contexts, 2 * max(extent.prefill_contexts))
+        self._sizes = Sizes(max(tokens, decodes), max(tokens, decodes), longest + 1, PAGE_SIZE)
+        self._plans: dict[int, PipelinePlan] = {}
+        self._lanes: dict[tuple[Sms, ...], Sequence[Lane]] = {}
+        self._layers: dict[tuple[int, Sms], Layers] = {}
+        with ExitStack() as undo:
+            self._allocate(extent, decodes * extent.decode_contexts[-1], undo)
+            self._undo = undo.pop_all()
+
+    def solo(self, key: SoloKey) -> Cost:
+        operation, rows, sms, context = key
+        tokens, batch = self._batch(operation, rows, context)
+        self._load(batch)
+        (lane,) = self._lanes_of(sms)
+        side = self._side(operation, tokens, sms, lane, self._streams[0])
+        (seconds,), watts = self._steady([side])
+        return Cost(seconds, seconds * watts)
+
+    def co_run(self, first: SoloKey, second: SoloKey) -> CoRun:
+        decodes, context, tokens = second[1], second[3], max(first[1], second[1])
+        lens, new = self._prompts(tokens - decodes, 0)
+        self._load(self._step(decodes, [1] * decodes + new, [context] * decodes + lens))
+        # The kernels of the memory-bound stream are more urgent, as in plans.
+        places = self._lanes_of(first[2], second[2])
+        sides = [
+            self._side(key[0], key[1], key[2], lane, stream)
+            for key, lane, stream in zip((first, second), places, self._streams, strict=True)
+        ]
+        seconds, watts = self._steady(sides)
+        return CoRun(Load(*first, seconds[0]), Load(*second, seconds[1]), watts)
+
+    def close(self) -> None:
+        """Free everything; idempotent."""
+        self._undo.close()
+
+    # ---- start ----
+
+    def _allocate(self, extent: Extent, kv_tokens: int, undo: ExitStack) -> None:
+        config, sizes, sms = self._config, self._sizes, self._device.sms
+        weights = random_device_weights(self._model, 0)
+        undo.callback(weights.free)
+        one_page = page_bytes(config, PAGE_SIZE) * config.num_layers
+        free, _ = self._device.memory()
+        self._num_pages = min(-(-kv_tokens // PAGE_SIZE) + sizes.max_num_seqs, min(KV_BYTES, free // 2) // one_page)
+        pages = KvPages(config, device=self._device, page_size=PAGE_SIZE, num_pages=self._num_pages, num_host_pages=0)
+        undo.callback(pages.free)
+        compiled = artifacts(all_sources(), self._device.arch)
+        self._kernels = LayerKernels(compiled, self._model, sizes, page_bytes=pages.page_bytes, sms=sms)
+        tokens = {*extent.rows, *extent.light_rows, *extent.decode_rows, *extent.pair_rows}
+        self._plans = {count: sequential_plan(self._model.operations, count) for count in sorted(tokens)}
+        plans = list(self._plans.values())
+        self._memory = step_memory(config, plans, sizes, self._kernels, weights, pages, undo, sms=sms)
+        self._streams = (cuda.Stream(), cuda.Stream())
+        for stream in self._streams:
+            undo.callback(stream.free)
+        self._fill(plans, pages)
+
+    def _fill(self, plans: Sequence[PipelinePlan], pages: KvPages) -> None:
+        """Random activations, keys and values: zeros would take less power than any real data."""
+        sms, stream = self._device.sms, self._streams[0]
+        fill = RandomFill(artifacts(fill_sources(), self._device.arch), sms=sms)
+        arrays = buffer_layout(self._config, self._sizes, plans, sms).sizes
+        todo = [(self._memory.buffers[name], arrays[name]) for name in RANDOM_BUFFERS if name in arrays]
+        todo += [(pages.pointer + i * pages.layer_bytes, pages.layer_bytes) for i in range(self._config.num_layers)]
+        for number, (pointer, num_bytes) in enumerate(todo):
+            fill(pointer, num_bytes // 2, seed=1, tensor=number, std=1.0, stream=stream.handle)
+        stream.synchronize()
+
+    # ---- one point ----
+
+    def _batch(self, operation: str, rows: int, context: int) -> tuple[int, Batch]:
+        """A step in which ``operation`` has so many rows, and tokens of its dense batch."""
+        if operation == LM_HEAD:
+            return rows, self._step(rows, [1] * rows, [PAGE_SIZE] * rows)
+        if self._operations[operation].rows is Rows.DECODE:
+            return rows, self._step(rows, [1] * rows, [context] * rows)
+        lens, new = self._prompts(rows, context)
+        return rows, self._step(0, new, lens)
+
+    def _prompts(self, rows: int, context: int) -> tuple[list[int], list[int]]:
+        """Lengths and new tokens of prompts with ``rows`` tokens together, at ``context`` each on average."""
+        length = 2 * context or PROMPT
+        if rows < length and context:  # a piece out of the middle
+            return [context + rows - rows // 2], [rows]
+        new = [min(length, rows - start) for start in range(0, rows, length)]
+        return new, new
+
+    def _step(self, decodes: int, new: list[int], lens: list[int]) -> Batch:
+        return step_batch(decodes, new, lens, PAGE_SIZE, self._num_pages)
+
+    def _load(self, batch: Batch) -> None:
+        stream = self._streams[0]
+        stream.synchronize()
+        self._memory.inputs.upload(batch, stream.handle)
+        stream.synchronize()
+
+    def _lanes_of(self, *sms: Sms) -> Sequence[Lane]:
+        """Streams on disjoint partitions; a second one is more urgent."""
+        if sms not in self._lanes:
+            streams = [Stream(f"{place}", (), count, -place) for place, count in enumerate(sms)]
+            self._lanes[sms] = lanes(streams, self._device.sms)
+        return self._lanes[sms]
+
+    def _side(self, name: str, tokens: int, sms: Sms, lane: Lane, origin: cuda.Stream) -> _Side:
+        """Capture as many calls of an operation as fill a graph; the step is on the device."""
+        layers = self._layers_for(tokens, sms)
+        layers.begin(origin.handle)
+        if name == LM_HEAD:
+            return self._repeated([], layers, lane, origin, finish=True)
+        ordered = [LayerStep(o, i, 0, tokens, 0, ()) for i in range(LAYERS) for o in self._model.operations]
+        steps = [replace(step, layer=step.layer % self._config.num_layers) for step in ordered]
+        if self._config.num_experts:  # the rows of each expert follow from what came before
+            for step in steps[: len(self._operations)]:
+                layers.launch(step, Lane("origin", origin.handle, self._device.sms), False)
+        origin.synchronize()
+        return self._repeated([s for s in steps if s.operation.name == name], layers, lane, origin)
+
+    def _repeated(
+        self, steps: list[LayerStep], layers: Layers, lane: Lane, origin: cuda.Stream, *, finish: bool = False
+    ) -> _Side:
+        """``steps`` once tell how often they fit into a graph."""
+
+        def captured(times: int) -> Graph:
+            return capture(
+                steps * times,
+                (lane,),
+                origin.handle,
+                begin=lambda _: None,
+                launch=layers.launch,
+                finish=layers.finish if finish else lambda _: None,
+            )
+
+        calls = len(steps) or 1
+        trial = _Side(captured(1), calls, origin)
+        once = self._alone(trial)
+        trial.graph.free()
+        times = 1 if finish else max(1, min(MAX_CALLS // calls, round(GRAPH_SECONDS / once)))
+        return _Side(captured(times), calls * times, origin)
+
+    def _layers_for(self, tokens: int, sms: Sms) -> Layers:
+        key = tokens, sms
+        if key not in self._layers:
+            plan = self._plans[tokens]
+            plan = replace(plan, streams=(replace(plan.streams[0], sms=sms),))  # attention is planned for its SMs
+            self._layers[key] = Layers(self._model, plan, self._kernels, self._memory, self._sizes, self._device.sms)
+        return self._layers[key]
+
+    # ---- time and power ----
+
+    def _steady(self, sides: list[_Side]) -> tuple[list[float], float]:
+        """Seconds per call of each side while all of them run, and the card's power meanwhile; frees the graphs."""
+        total = WARM_SECONDS + self._run_seconds
+        counts = [max(3, round(total / self._alone(side))) for side in sides]
+        with ExitStack() as events:
+            began = time.perf_counter()
+            start, ends = self._enqueue(sides, counts, events)
+            _sleep_until(began + WARM_SECONDS)
+            with PowerMeter(0) as meter:
+                _sleep_until(began + total)
+            for side in sides:
+                side.origin.synchronize()
+            ended = [[end.since(start) for end in own] for own in ends]
+        for side in sides:
+            side.graph.free()
+        stop = min(times[-1] for times in ended)
+        seconds = []
+        for side, times in zip(sides, ended, strict=True):
+            inside = [t for t in times if WARM_SECONDS <= t <= stop]
+            inside = inside if len(inside) > 1 else times[:2]
+            seconds.append((inside[-1] - inside[0]) / ((len(inside) - 1) * side.calls))
+        return seconds, meter.watts
+
+    def _alone(self, side: _Side) -> float:
+        """Seconds of a replay with nothing beside it, roughly."""
+        with ExitStack() as events:
+            start, (ends,) = self._enqueue([side], [3], events)
+            side.origin.synchronize()
+            return (ends[-1].since(start) - ends[0].since(start)) / 2
+
+    def _enqueue(
+        self, sides: list[_Side], counts: list[int], events: ExitStack
+    ) -> tuple[cuda.Event, list[list[cuda.Event]]]:
+        """So many replays of each side, begun together: an event before, and one after each of them."""
+
+        def event(stream: cuda.Stream) -> cuda.Event:
+            made = cuda.Event(timing=True)
+            events.callback(made.free)
+            made.record(stream.handle)
+            return made
+
+        start = event(sides[0].origin)
+        for side in sides[1:]:
+            start.block(side.origin.handle)
+        ends: list[list[cuda.Event]] = [[] for _ in sides]
+        left = list(counts)
+        while any(left):  # the side that has most to come next, so that none waits for the host
+            index = max(range(len(sides)), key=lambda i: left[i] / counts[i])
+            sides[index].graph.launch(sides[index].origin.handle)
+            ends[index].append(event(sides[index].origin))
+            left[index] -= 1
+        return start, ends
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.perf_counter()))
+
+
+def _idle_watts() -> float:
+    """Power of the card with nothing to do, clocks as they are."""
+    with PowerMeter(0) as meter:
+        time.sleep(0.6)
+    return meter.watts
