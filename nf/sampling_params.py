@@ -36,7 +36,7 @@ class SamplingParams:
         seed: key of the counter-based generator, 0 … 2⁶⁴-1; None takes one from the engine's seed.
         stop: strings that end the text; they are cut off unless ``include_stop_str_in_output``.
         stop_token_ids: token ids that end the text besides the model's EOS.
-        bad_words: words that are never completed.
+        bad_words: words that are never completed; at most 4096 tokens in all their spellings together.
         logit_bias: added to the logits of these token ids, [-100, 100].
         allowed_token_ids: if given, no other token is ever sampled.
         ignore_eos: go on after the model's EOS.
