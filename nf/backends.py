@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from nf.memory_budget import (
 from nf.models.declaration import Model
 from nf.weights import load_weights, random_weights
 
+logger = logging.getLogger(__name__)
+
 Startup = dict[str, float]  # seconds of each part of loading
 
 
@@ -45,6 +48,10 @@ class Backend(Protocol):
         Raises:
             InputError: an option does not suit the device, or memory does not suffice.
         """
+        ...
+
+    def stored_plan(self, model: Model, dense_batch_size: int) -> PipelinePlan | None:
+        """The plan measured to be the fastest on this device, None if nothing was measured."""
         ...
 
     def preemption_costs(self, config: EngineConfig, model: Model) -> tuple[float, float]:
@@ -73,6 +80,9 @@ class CpuBackend:
         config = replace(config, device="cpu", dtype="float32" if config.dtype == "auto" else config.dtype)
         num_pages, num_host_pages = pool_sizes(config, model)
         return replace(config, num_pages=num_pages, num_host_pages=num_host_pages)
+
+    def stored_plan(self, _model: Model, _dense_batch_size: int) -> PipelinePlan | None:
+        return None
 
     def preemption_costs(self, config: EngineConfig, model: Model) -> tuple[float, float]:
         """Bytes moved."""
@@ -139,6 +149,15 @@ class GpuBackend:
         memory = GpuMemory(total, free, layout(model).num_bytes, workspace)
         num_pages, num_host_pages = gpu_pool_sizes(config, model.config, memory)
         return replace(config, num_pages=num_pages, num_host_pages=num_host_pages)
+
+    def stored_plan(self, model: Model, dense_batch_size: int) -> PipelinePlan | None:
+        from nf.graphs.plan_store import find_plan
+
+        stored = find_plan(model, self._device.name, dense_batch_size, gpu_sms=self._device.sms)
+        if stored is None:
+            return None
+        logger.info("plan: %s, from %s", stored.plan.name, stored.path)
+        return stored.plan
 
     def preemption_costs(self, config: EngineConfig, model: Model) -> tuple[float, float]:
         """Seconds: swapping is bound by the link to the host, recomputing by the tensor cores."""

@@ -48,6 +48,8 @@ def read_options(options: Options) -> tuple[EngineConfig, TextOptions]:
     given: dict[str, Any] = {name: value for name, value in options.items() if name in known}
     if isinstance(given.get("plan"), os.PathLike):
         given["plan"] = os.fspath(given["plan"])
+    if given.get("plan") == "auto":
+        given["plan"] = None
     config = EngineConfig(**given)
     _check(config)
     text: dict[str, Any] = {name: value for name, value in options.items() if name in _TEXT_OPTIONS}

@@ -77,6 +77,8 @@ def load(model: str | os.PathLike[str], **options: Unpack[Options]) -> Loaded:
         choice = choose_device(config.device, declared)
         logger.info("device: %s: %s", choice.name, choice.reason)
         backend: Backend = GpuBackend() if choice.name == "cuda" else CpuBackend()
+        if config.plan is None:
+            plan = backend.stored_plan(declared, plan.dense_batch_size) or plan
         config = _resolve(config, declared, plan, backend, os.fspath(model_dir or model))
     assert config.max_model_len is not None
     assert config.max_num_seqs is not None
@@ -142,7 +144,7 @@ def _resolve_name(field: str, name: str | os.PathLike[str], config_only: bool = 
 
 
 def _load_plan(config: EngineConfig, model: Model, size_is_given: bool) -> PipelinePlan:
-    """The plan; one from a file decides the dense batch size, unless the user does too."""
+    """The plan, the sequential one if none is named; a file decides the batch size, unless the user does too."""
     name = "sequential" if config.plan is None else config.plan
     size = config.max_num_batched_tokens if size_is_given or name in BUILT_IN else None
     try:

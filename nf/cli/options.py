@@ -69,7 +69,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     _number(group, "--num-host-pages", _integer, "N", "pages in RAM for preempted sequences")
     group.add_argument("--preemption", choices=get_args(Preemption), metavar="NAME", help="auto, swap or recompute")
     _number(group, "--tensor-parallel-size", _integer, "N", "GPUs that share the model")
-    group.add_argument("--plan", metavar="NAME|FILE", help="pipeline plan: a built-in name or a JSON file")
+    group.add_argument(
+        "--plan", metavar="NAME|FILE", help="pipeline plan: a built-in name, a JSON file, or auto (the fastest known)"
+    )
 
 
 ENGINE_OPTIONS = (

@@ -18,6 +18,8 @@ from nf.config import ModelConfig
 from nf.device_choice import DeviceChoice
 from nf.errors import InputError, ModelError
 from nf.executors import gpu, gpu_weights
+from nf.graphs.plan import nano_batch_plan
+from nf.graphs.plan_store import save_plan
 from nf.llm import LLM
 from nf.loading import Loaded, load
 from nf.models import shapes
@@ -127,7 +129,7 @@ class Gpu:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[Any] = []
         self.fails = False
-        device = SimpleNamespace(sms=132, memory=lambda: (15 << 30, 16 << 30))
+        device = SimpleNamespace(sms=132, name="NVIDIA H200", memory=lambda: (15 << 30, 16 << 30))
         monkeypatch.setattr("nf.kernels.device.Device", lambda: device)
         monkeypatch.setattr(nf.loading, "choose_device", lambda *_: DeviceChoice("cuda", "a GPU is there"))
         monkeypatch.setattr(gpu, "GpuExecutor", self.executor)
@@ -201,3 +203,14 @@ def test_the_backends_unit_of_preemption_is_time(the_gpu: Gpu, small_shape: str)
     swap, recompute = GpuBackend().preemption_costs(config, declare(SMALL))
     assert 0 < swap < 1e-3
     assert 0 < recompute < 1e-3
+
+
+def test_the_fastest_known_plan_is_taken_unless_another_is_named(
+    the_gpu: Gpu, small_shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
+    save_plan(nano_batch_plan(declare(SMALL).operations, 2048), SMALL, "NVIDIA H200", {})
+    assert load(small_shape, random_weights=True).config.plan == "nano-batch"
+    assert load(small_shape, random_weights=True, plan="auto").config.plan == "nano-batch"
+    assert load(small_shape, random_weights=True, plan="sequential").config.plan == "sequential"
+    assert the_gpu.calls == [0, 0, 0]
