@@ -53,6 +53,7 @@ class Embed:
         self._kernel = CudaKernel(by_name[EMBED.name])
         self._vectors = row_vectors(hidden_size)
         self._threads = row_threads(hidden_size)
+        self._ctas_per_sm = ctas_per_sm(self._threads)
         self._tokens_stride = tokens_stride
 
     def __call__(
@@ -81,5 +82,5 @@ class Embed:
         self._kernel(
             table, hidden, tokens, token_ids, token_slots, positions, count, start, stop, self._vectors,
             self._tokens_stride,
-            grid=grid_on(sms, stop - start, ctas_per_sm(self._threads)), block=self._threads, stream=stream, pdl=pdl,
+            grid=grid_on(sms, stop - start, self._ctas_per_sm), block=self._threads, stream=stream, pdl=pdl,
         )  # fmt: skip

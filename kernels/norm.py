@@ -13,6 +13,7 @@ output. One CTA takes a row at a time and reads it once. Memory-bound: 4·H byte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Literal
 
@@ -87,10 +88,12 @@ class RmsNorm:
         """
         self._kernel(
             hidden, delta, weight, normed, rows, count, start, stop, self._vectors, self._eps,
-            grid=self._grid(stop - start, sms), block=self._threads, stream=stream, pdl=pdl,
+            grid=_grid(stop - start, self._threads, sms), block=self._threads, stream=stream, pdl=pdl,
         )  # fmt: skip
 
-    def _grid(self, rows: int, sms: int) -> int:
-        """Two rows for each CTA that fits are better taken by these, whose weight is there already."""
-        fit = ctas_per_sm(self._threads)
-        return max(1, min(rows, sms * fit)) if rows <= 2 * sms * fit else grid_on(sms, rows, fit)
+
+@functools.cache
+def _grid(rows: int, threads: int, sms: int) -> int:
+    """Two rows for each CTA that fits are better taken by these, whose weight is there already."""
+    fit = ctas_per_sm(threads)
+    return max(1, min(rows, sms * fit)) if rows <= 2 * sms * fit else grid_on(sms, rows, fit)

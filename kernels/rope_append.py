@@ -20,6 +20,7 @@ its output. Memory-bound: every byte of qkv is read once and written once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +151,9 @@ class RopeAppend:
         self.shape = shape
         source = rope_source(shape.head_dim, shape.page_size, shape.qk_norm)
         self._kernel = CudaKernel(_artifact(artifacts, source))
-        self._group = shape.num_heads // shape.num_kv_heads
+        self._sizes = (shape.num_heads // shape.num_kv_heads, shape.num_kv_heads)
+        self._eps = shape.eps
+        self._qkv_vectors = shape.qkv_size // 8
         self._threads_per_token = shape.num_kv_heads * shape.head_dim // 16
 
     def __call__(
@@ -181,13 +184,16 @@ class RopeAppend:
                 0 is in place.
             pdl: start before the kernel before has ended, and wait for it on the device.
         """
-        q, q_stride = (q, q_stride) if q else (qkv, self.shape.qkv_size)
-        ctas = -(-(stop - start) * self._threads_per_token // _ROPE_THREADS)
         self._kernel(
-            qkv, q, kv, table, rows, positions, q_norm, k_norm, count, start, stop, self._group,
-            self.shape.num_kv_heads, q_stride // 8, self.shape.eps,
-            grid=grid_on(sms, ctas, _CTAS_PER_SM), block=_ROPE_THREADS, stream=stream, pdl=pdl,
+            qkv, q or qkv, kv, table, rows, positions, q_norm, k_norm, count, start, stop, *self._sizes,
+            q_stride // 8 if q else self._qkv_vectors, self._eps,
+            grid=_grid(stop - start, self._threads_per_token, sms), block=_ROPE_THREADS, stream=stream, pdl=pdl,
         )  # fmt: skip
+
+
+@functools.cache
+def _grid(tokens: int, threads_per_token: int, sms: int) -> int:
+    return grid_on(sms, -(-tokens * threads_per_token // _ROPE_THREADS), _CTAS_PER_SM)
 
 
 def _artifact(artifacts: Iterable[Artifact], source: KernelSource) -> Artifact:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from nf.errors import InputError
 from nf.kernels.load import device_sms
 
@@ -32,6 +34,7 @@ def ctas_per_sm(threads: int) -> int:
     return _THREADS_PER_SM // threads
 
 
+@functools.cache
 def grid_on(sms: int, ctas: int, per_sm: int) -> int:
     """CTAs to launch on ``sms`` multiprocessors where there is work for ``ctas``; at least one.
 

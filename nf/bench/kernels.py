@@ -58,6 +58,9 @@ class Bench:
     """What the cases share: the compiled kernels, random data and the ceilings of this card, measured once."""
 
     def __init__(self, sources: list[KernelSource], arch: str = "sm_90a") -> None:
+        import cupy
+
+        cupy.cuda.Device().use()  # kernels are loaded into its context
         self._artifacts = {artifact.source.name: artifact for artifact in artifacts(sources, arch)}
 
     def artifacts(self, sources: list[KernelSource]) -> list[Artifact]:
