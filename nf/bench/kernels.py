@@ -60,7 +60,7 @@ class Bench:
     def __init__(self, sources: list[KernelSource], arch: str = "sm_90a") -> None:
         import cupy
 
-        cupy.cuda.Device().use()  # kernels are loaded into its context
+        cupy.cuda.Device().synchronize()  # makes the context that kernels are loaded into
         self._artifacts = {artifact.source.name: artifact for artifact in artifacts(sources, arch)}
 
     def artifacts(self, sources: list[KernelSource]) -> list[Artifact]:
