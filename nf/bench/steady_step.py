@@ -49,9 +49,9 @@ class Load:
         """Length of each sequence once the step is done: those that decode first, then prompts."""
         count = self.num_decode
         decodes = [self.input_len + 1 + (i * self.output_len) // count for i in range(count)]
-        return decodes + [start + new for start, new in self._chunks()]
+        return decodes + [start + new for start, new in self.chunks()]
 
-    def _chunks(self) -> list[tuple[int, int]]:
+    def chunks(self) -> list[tuple[int, int]]:
         """(tokens cached before, new tokens) of each prompt in the step: the end of one, whole ones, a beginning."""
         left = self.dense_batch_size - self.num_decode
         first = min(left, self.input_len // 2)
@@ -66,7 +66,7 @@ class Load:
     def batch(self, page_size: int, num_pages: int | None = None) -> Batch:
         """The step, on pages 0, 1, 2, …; see ``step_batch``."""
         lens = self.kv_lens()
-        new = [1] * self.num_decode + [tokens for _, tokens in self._chunks()]
+        new = [1] * self.num_decode + [tokens for _, tokens in self.chunks()]
         return step_batch(self.num_decode, new, lens, page_size, num_pages)
 
 

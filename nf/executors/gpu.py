@@ -32,7 +32,9 @@ from nf.graphs.capture import Graph, capture
 from nf.graphs.partition import Lane, lanes
 from nf.graphs.plan import PipelinePlan, sequential_plan, unroll, validate
 from nf.graphs.pool import GraphPool, capacities
+from nf.kernels import random_fill
 from nf.kernels.device import Device, Event, Stream
+from nf.kernels.random_fill import RandomFill
 from nf.kernels.registry import all_sources, artifacts
 from nf.models.declaration import Model
 from nf.scheduler.batch import Batch, Int32, without_sampling
@@ -169,6 +171,13 @@ class GpuExecutor:
             self._lanes(plan),
             self._stream,
         )
+
+    def randomize_kv(self, seed: int) -> None:
+        """Fill the KV cache with random keys and values, for benchmarks; waits."""
+        self._device.use()
+        fill = RandomFill(artifacts(random_fill.sources(), self._device.arch), sms=self._device.sms)
+        self._pages.randomize(fill, seed, self._stream.handle)
+        self._stream.synchronize()
 
     def close(self) -> None:
         """Finish what was submitted, free everything; idempotent."""

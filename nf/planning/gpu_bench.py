@@ -149,9 +149,9 @@ class GpuBench:
         fill = RandomFill(artifacts(fill_sources(), self._device.arch), sms=sms)
         arrays = buffer_layout(self._config, self._sizes, plans, sms).sizes
         todo = [(self._memory.buffers[name], arrays[name]) for name in RANDOM_BUFFERS if name in arrays]
-        todo += [(pages.pointer + i * pages.layer_bytes, pages.layer_bytes) for i in range(self._config.num_layers)]
         for number, (pointer, num_bytes) in enumerate(todo):
             fill(pointer, num_bytes // 2, seed=1, tensor=number, std=1.0, stream=stream.handle)
+        pages.randomize(fill, 2, stream.handle)
         stream.synchronize()
 
     # ---- one point ----

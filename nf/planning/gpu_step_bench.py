@@ -1,0 +1,77 @@
+"""Whole steps under one plan after the other, by the executor that the engine uses, on random weights and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from nf.bench.measure import Measurement
+from nf.bench.steady_step import Load, measure_step
+from nf.errors import InputError
+from nf.executors.gpu import GpuExecutor, workspace_bytes
+from nf.executors.gpu_pages import page_bytes
+from nf.executors.gpu_weights import random_device_weights
+from nf.executors.trace import Span
+from nf.graphs.pipeline_plan import PipelinePlan
+from nf.kernels.device import Device
+from nf.models.declaration import Model
+
+PAGE_SIZE = 16
+WARM_SECONDS, RUN_SECONDS = 1.0, 2.0
+SPARE_BYTES = 2 << 30
+
+
+class GpuStepBench:
+    """A ``StepBench`` on one GPU.
+
+    Args:
+        run: seconds that each load is measured for.
+    """
+
+    def __init__(self, model: Model, device: Device, *, run: float = RUN_SECONDS) -> None:
+        self._model, self._device, self._run_seconds = model, device, run
+
+    def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
+        with self._executor(plan, loads) as executor:
+            batches = [load.batch(PAGE_SIZE, executor.num_pages) for load in loads]
+            return [measure_step(executor, batch, warm=WARM_SECONDS, run=self._run_seconds) for batch in batches]
+
+    def trace(self, plan: PipelinePlan, load: Load) -> list[Span]:
+        """When each nano-operation of a step ran."""
+        with self._executor(plan, [load]) as executor:
+            return executor.trace(load.batch(PAGE_SIZE, executor.num_pages))
+
+    @contextmanager
+    def _executor(self, plan: PipelinePlan, loads: Sequence[Load]) -> Iterator[GpuExecutor]:
+        """With as many pages as the loads fill, or as there is room for."""
+        batches = [load.batch(PAGE_SIZE) for load in loads]
+        longest = max(load.input_len + load.output_len for load in loads) + 1
+        sizes = {
+            "max_num_seqs": max(batch.num_seqs for batch in batches),
+            "max_model_len": longest,
+            "page_size": PAGE_SIZE,
+        }
+        weights = random_device_weights(self._model, 0)
+        try:
+            needed = workspace_bytes(self._model, plan, **sizes, sms=self._device.sms)
+            free = self._device.memory()[0] - needed - SPARE_BYTES
+            config = self._model.config
+            num_pages = min(
+                max(len(batch.kv_indices) for batch in batches),
+                free // (page_bytes(config, PAGE_SIZE) * config.num_layers),
+            )
+            if num_pages < 1:
+                raise InputError(
+                    "model", f"its weights and a step's buffers leave no room for KV on {self._device.name}"
+                )
+            executor = GpuExecutor(
+                self._model, weights, plan, device=self._device, num_pages=num_pages, num_host_pages=0, **sizes
+            )
+        except BaseException:
+            weights.free()
+            raise
+        try:
+            executor.randomize_kv(seed=1)
+            yield executor
+        finally:
+            executor.close()

@@ -1,0 +1,270 @@
+"""The last stage of the search: candidates are measured in the real step, and the fastest plan is kept.
+
+Predictions choose what is worth measuring, measurements choose the plan. Two plans that differ by less than runs of one
+and the same plan do are no different, so a plan other than the sequential one has to win clearly, at every load, and
+to win again when both are measured once more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+from typing import Any, Protocol
+
+from nf.bench.measure import Measurement
+from nf.bench.steady_step import Load
+from nf.errors import InputError
+from nf.graphs.builtin import nano_batch_plan, sequential_plan
+from nf.graphs.pipeline_plan import PipelinePlan, Stream
+from nf.models.declaration import Model
+from nf.planning import predict
+from nf.planning.nano_layer import COMPUTE
+from nf.planning.predict import Prediction, batch_shape
+from nf.planning.profile_store import SM_STEP, Profile
+from nf.planning.resources import find_candidates
+
+SEQUENTIAL = "sequential"
+WORTH = 0.003  # relative; two measurements of one plan differ by up to about as much
+PARTITION_SMS = 3 * SM_STEP  # of the partition that is measured where no other one was found worth it
+
+
+class StepBench(Protocol):
+    """Measures whole steps at steady state."""
+
+    def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
+        """Of each load, with the graphs of ``plan`` captured once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan that is worth measuring.
+
+    Args:
+        kind: how its nano-operations share the GPU, for people.
+        predicted: per load; None where the profile does not say.
+    """
+
+    plan: PipelinePlan
+    kind: str
+    predicted: tuple[Prediction | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A candidate and what was measured of it, per load; ``error`` says why it could not be."""
+
+    candidate: Candidate
+    measured: tuple[Measurement, ...] = ()
+    error: str = ""
+
+    def ratio(self, base: Result) -> float:
+        """Time over that of ``base``, the geometric mean over the loads."""
+        return math.exp(fmean(math.log(r) for r in self.ratios(base)))
+
+    def ratios(self, base: Result) -> list[float]:
+        return [own.seconds / other.seconds for own, other in zip(self.measured, base.measured, strict=True)]
+
+    def errors(self) -> list[float]:
+        """Relative errors of the predicted times, where there are both."""
+        pairs = zip(self.candidate.predicted, self.measured, strict=False)
+        return [p.seconds / m.seconds - 1 for p, m in pairs if p is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What was measured, the sequential plan first, and which plan is the fastest."""
+
+    loads: tuple[Load, ...]
+    results: tuple[Result, ...]
+    best: Result
+
+    @property
+    def sequential(self) -> Result:
+        return self.results[0]
+
+    @property
+    def median_error(self) -> float:
+        """Of the predicted times, over all candidates and loads; NaN if nothing was predicted."""
+        errors = [abs(error) for result in self.results for error in result.errors()]
+        return median(errors) if errors else math.nan
+
+
+def baselines(model: Model, dense_batch_size: int, gpu_sms: int) -> list[tuple[PipelinePlan, str]]:
+    """The plans of the ablation, as in Fig. 9 of the paper: what nano-batches cost, what overlapping them gains."""
+    operations = model.operations
+    sequential = sequential_plan(operations, dense_batch_size)
+    overlapped = nano_batch_plan(operations, dense_batch_size)
+    found = [(sequential, SEQUENTIAL), (one_stream(overlapped, model), "nano-batches, not overlapped")]
+    if len(overlapped.streams) < 2:
+        return found
+    found.append((overlapped, "nano-batches, co-resident"))
+    if gpu_sms > 2 * PARTITION_SMS and len(overlapped.streams) == 2:
+        found.append((partitioned(overlapped, PARTITION_SMS, gpu_sms), f"nano-batches, {PARTITION_SMS} SMs for memory"))
+    return found
+
+
+def one_stream(plan: PipelinePlan, model: Model) -> PipelinePlan:
+    """The nano-batches of ``plan`` with no two nano-operations at the same time."""
+    place = {operation.name: index for index, operation in enumerate(model.operations)}
+    items = [replace(item, lag=0) for stream in plan.streams for item in stream.nano_operations]
+    items.sort(key=lambda item: (place[item.operation], item.nano_batch))
+    return replace(plan, name=f"{plan.name}, one stream", streams=(Stream(COMPUTE, tuple(items)),))
+
+
+def partitioned(plan: PipelinePlan, memory_sms: int, gpu_sms: int) -> PipelinePlan:
+    """``plan`` with SMs of their own for both of its streams."""
+    sms = {COMPUTE: gpu_sms - memory_sms}
+    streams = tuple(replace(stream, sms=sms.get(stream.name, memory_sms)) for stream in plan.streams)
+    return replace(plan, name=f"{plan.name}, {memory_sms} SMs for memory", streams=streams)
+
+
+def candidates(
+    model: Model,
+    profile: Profile | None,
+    loads: Sequence[Load],
+    gpu_sms: int,
+    *,
+    count: int = 6,
+    seconds: float = 100.0,
+    more: Sequence[PipelinePlan] = (),
+) -> list[Candidate]:
+    """What is worth measuring: the baselines, the ``count`` best of Stages I and II per load, and ``more``.
+
+    Args:
+        profile: None leaves Stages I and II out, and predictions.
+        loads: of one dense batch size.
+        seconds: to search for, over all loads.
+        more: the user's own plans.
+
+    Raises:
+        InputError: an operation was not measured.
+    """
+    size = loads[0].dense_batch_size
+    if any(load.dense_batch_size != size for load in loads):
+        raise InputError("loads", "must all have one dense batch size")
+    kinds = dict(baselines(model, size, gpu_sms))
+    if profile is not None and count:
+        for load in loads:
+            found = find_candidates(
+                model.operations, batch_shape(load), profile, seconds=seconds / len(loads), count=count + 1
+            )
+            for candidate in found:
+                kinds.setdefault(candidate.plan, candidate.arrangement)
+    for plan in more:
+        kinds.setdefault(plan, "given")
+    return [Candidate(plan, kind, _predictions(plan, model, profile, loads)) for plan, kind in kinds.items()]
+
+
+def _predictions(
+    plan: PipelinePlan, model: Model, profile: Profile | None, loads: Sequence[Load]
+) -> tuple[Prediction | None, ...]:
+    if profile is None:
+        return (None,) * len(loads)
+    return tuple(predict.of_plan(plan, model, profile, batch_shape(load)) for load in loads)
+
+
+def search(
+    wanted: Sequence[Candidate],
+    loads: Sequence[Load],
+    bench: StepBench,
+    *,
+    progress: Callable[[str], object] = lambda _: None,
+) -> Search:
+    """Measure all candidates and choose.
+
+    A plan that the hardware refuses is noted and left out.
+
+    Args:
+        wanted: the sequential plan first.
+        progress: called with a candidate's name before it is measured.
+    """
+    results: list[Result] = []
+    for candidate in wanted:
+        progress(candidate.plan.name)
+        try:
+            results.append(Result(candidate, tuple(bench.measure(candidate.plan, loads))))
+        except InputError as error:
+            if not results:  # without the sequential plan there is nothing to compare with
+                raise
+            results.append(Result(candidate, error=str(error)))
+    best = fastest(results)
+    if best is not results[0]:
+        again = []
+        for result in (results[0], best):
+            progress(f"{result.candidate.plan.name}, once more")
+            second = bench.measure(result.candidate.plan, loads)
+            means = tuple(_mean(a, b) for a, b in zip(result.measured, second, strict=True))
+            again.append(replace(result, measured=means))
+        results[results.index(best)], results[0] = again[1], again[0]
+        best = fastest(again)
+    return Search(tuple(loads), tuple(results), best)
+
+
+def fastest(results: Sequence[Result]) -> Result:
+    """The fastest plan over all loads that is nowhere slower than the first, which stays unless another is clearly
+    faster."""
+    base = results[0]
+    better = [
+        (result.ratio(base), index)
+        for index, result in enumerate(results)
+        if result.measured and max(result.ratios(base)) <= 1 and result.ratio(base) < 1 - WORTH
+    ]
+    return results[min(better)[1]] if better else base
+
+
+def _mean(a: Measurement, b: Measurement) -> Measurement:
+    return Measurement((a.seconds + b.seconds) / 2, (a.joules + b.joules) / 2)
+
+
+def record(found: Search, head: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything as plain data: seconds, joules, tokens.
+
+    Args:
+        head: what was measured on.
+    """
+    loads = [
+        {"input_len": load.input_len, "output_len": load.output_len, "decode_tokens": load.num_decode}
+        for load in found.loads
+    ]
+    return {
+        **head,
+        "dense_batch_size": found.loads[0].dense_batch_size,
+        "loads": loads,
+        "chosen": found.best.candidate.plan.name,
+        "speed_up": 1 / found.best.ratio(found.sequential),
+        "median_prediction_error": _number(found.median_error),
+        "plans": [_plan_record(result, found) for result in found.results],
+    }
+
+
+def _plan_record(result: Result, found: Search) -> dict[str, Any]:
+    candidate = result.candidate
+    nothing: tuple[None, ...] = (None,) * len(found.loads)
+    tokens = found.loads[0].dense_batch_size
+    return {
+        "name": candidate.plan.name,
+        "kind": candidate.kind,
+        "nano_operations": sum(len(stream.nano_operations) for stream in candidate.plan.streams),
+        "error": result.error or None,
+        "loads": [
+            {
+                "predicted_s": None if p is None else p.seconds,
+                "predicted_j": None if p is None else _number(p.joules),
+                "measured_s": None if m is None else m.seconds,
+                "measured_j": None if m is None else _number(m.joules),
+                "tokens_per_s": None if m is None else tokens / m.seconds,
+                "prediction_error": None if p is None or m is None else p.seconds / m.seconds - 1,
+                "speed_up": None if m is None else base.seconds / m.seconds,
+            }
+            for p, m, base in zip(
+                candidate.predicted, result.measured or nothing, found.sequential.measured, strict=True
+            )
+        ],
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
