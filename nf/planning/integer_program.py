@@ -96,7 +96,8 @@ class IntegerProgram:
         info = highs.getInfo()
         if highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
             return Solution(None, -math.inf, -math.inf)
-        bound = float(info.mip_dual_bound)
+        objective = float(info.objective_function_value)
+        bound = float(info.mip_dual_bound) if any(self.integers) else objective
         if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             return Solution(None, -math.inf, bound)
-        return Solution(tuple(highs.getSolution().col_value), float(info.objective_function_value), bound)
+        return Solution(tuple(highs.getSolution().col_value), objective, bound)

@@ -79,7 +79,8 @@ def _constrain(
     starts = [program.variable(0.0, MAX_START) for _ in layer.tasks]
     for after, waits in enumerate(layer.dependencies):
         for before, gap in waits:
-            program.at_least({starts[after]: 1.0, starts[before]: -1.0, pace: -length[before]}, -gap)
+            apart = {starts[after]: 1.0, starts[before]: -1.0} if after != before else {}
+            program.at_least(apart | {pace: -length[before]}, -gap)
     heights: dict[tuple[int, int], int] = {}
     for tasks in layer.lanes.values():
         for i, j in combinations(tasks, 2):

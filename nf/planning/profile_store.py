@@ -133,9 +133,10 @@ class Profile:
     def cost(self, operation: str, rows: int, sms: Sms = "all", context: int = 0) -> Cost:
         """Time and energy of ``operation`` on ``rows`` rows, interpolated between what was measured.
 
-        Linear in rows, context and seconds over SMs. Fewer rows than the smallest that was measured cost as much as
-        that (a GEMM tile is whole); more cost as much per row as the largest. No rows cost nothing. An operation that
-        was never measured on a part of the SMs is taken from the whole GPU and assumed to slow down in proportion.
+        Linear in rows, in context and, in speed, in SMs. Fewer rows than the smallest that was measured cost as much as
+        that (a GEMM tile is whole); more cost as much per row as the largest. No rows cost nothing; no context means
+        the smallest that was measured. What was never measured on a part of the SMs is assumed to slow down in
+        proportion.
 
         Raises:
             InputError: ``operation`` was not measured at all.
@@ -153,7 +154,8 @@ class Profile:
         """Interpolate over SMs first, then context, then rows."""
 
         def over_context(at_sms: Sequence[Solo]) -> float:
-            return _interpolate(_grouped(at_sms, lambda p: p.context, over_rows), context, below="rate")
+            by_context = _grouped(at_sms, lambda p: p.context, over_rows)
+            return _interpolate(by_context, context, below="rate" if context > 0 else "flat")
 
         def over_rows(at_context: Sequence[Solo]) -> float:
             return _interpolate({p.rows: float(getattr(p, which)) for p in at_context}, rows, below="flat")

@@ -23,7 +23,7 @@ from nf.planning.interference import Curve, CurvePoint, curve
 from nf.planning.nano_layer import COMPUTE, BatchShape, CostOf, profiled_costs
 from nf.planning.overlap import Arrangement, Steady, replay
 from nf.planning.profile_store import SM_STEP, Cost, Profile, Sms
-from nf.planning.shares import PowerLimit
+from nf.planning.shares import PowerLimit, Shares, best_shares
 from nf.planning.structure import Structure, search_structures, structure_bound
 
 PROMISING = 1.05  # times the sequential period; predictions are wrong by some per cent
@@ -107,6 +107,24 @@ def find_candidates(
         plan = structure.rounds.plan(name, batch.tokens, sms=arrangement.sms, model=profile.model, gpu=profile.key.gpu)
         plans.setdefault(plan, (arrangement.name, steady))
     return _best(plans, min(bounds), count)
+
+
+def share_candidates(
+    structures: Sequence[Structure],
+    curves: Mapping[str, Curve],
+    *,
+    power: PowerLimit | None = None,
+    seconds: float = 60.0,
+    count: int = 3,
+) -> tuple[Shares, ...]:
+    """A share for every nano-operation of the most promising ``structures``, shortest period first.
+
+    All of them are given shares by local search; the ``count`` best go through the integer program.
+    """
+    quick = [best_shares(structure.rounds, curves, power=power, seconds=0.0) for structure in structures]
+    ranked = sorted(range(len(structures)), key=lambda i: quick[i].period)[:count]
+    found = [best_shares(structures[i].rounds, curves, power=power, seconds=seconds / len(ranked)) for i in ranked]
+    return tuple(sorted(found, key=lambda shares: shares.period))
 
 
 def _best(plans: Mapping[PipelinePlan, tuple[str, Steady]], bound: float, count: int) -> tuple[Candidate, ...]:

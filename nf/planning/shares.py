@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 
 from nf.errors import InputError
+from nf.planning.admission import improve_shares
 from nf.planning.integer_program import IntegerProgram
 from nf.planning.interference import Curve
 from nf.planning.nano_layer import COMPUTE, Task
@@ -200,7 +201,7 @@ class _ShareProgram:
 
     def solve(self, seconds: float, known: Shares | None = None) -> Shares:
         """Search, beginning with ``known`` (of the same rounds) if there is such."""
-        guess = self._values(known.period, known.shares, known.starts) if known else self._guess()
+        guess = self._values(known.period, known.shares, known.starts) if known else self._guess(max(0.5, seconds / 5))
         solution = self.program.solve(seconds, guess)
         values = solution.values or guess
         shares = tuple(max(c, key=lambda r: values[c[r]]) for c in self.chosen)
@@ -225,8 +226,8 @@ class _ShareProgram:
             rounds = order_from_starts(rounds.layer, placed, heights)
         return Shares(rounds, shares, lengths, tuple(s - first for s in starts), period, min(bound, period), joules)
 
-    def _guess(self) -> list[float]:
-        """The best solution that gives all tasks of a lane the same share."""
+    def _guess(self, seconds: float) -> list[float]:
+        """The best solution that gives all tasks of a lane the same share, improved task by task."""
         busy = {lane: next(i for i in t if self.tasks[i].cost.seconds > 0) for lane, t in self._busy_lanes().items()}
         options = [list(self.choices[i]) for i in busy.values()]
         fitting = [c for c in product(*options) if sum(c) <= 1 + 1e-9]
@@ -239,7 +240,10 @@ class _ShareProgram:
             if best is None or period < best[0]:
                 best = period, shares
         assert best is not None  # a tenth each always fits
-        return self._values(*best)
+        period, improved, starts = improve_shares(
+            self.rounds, self.choices, best[1], least=self._power_period(), seconds=seconds
+        )
+        return self._values(period, improved, starts) if period < best[0] else self._values(*best)
 
     def _busy_lanes(self) -> dict[str, tuple[int, ...]]:
         return {
