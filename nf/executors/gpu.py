@@ -42,6 +42,7 @@ from nf.scheduler.batch import Batch, Int32, without_sampling
 Float32 = NDArray[np.float32]
 
 TIMED_STEPS = 8  # more than are ever in flight
+TRACE_WARM_SECONDS = 1.0  # before a step is traced: clocks follow power within a few hundred milliseconds
 RESERVED_BYTES = 1 << 30  # of device memory: loaded kernels, graphs, the context, what allocations are rounded up to
 
 
@@ -160,11 +161,15 @@ class GpuExecutor:
         return found
 
     def trace(self, batch: Batch) -> list[Span]:
-        """Run a step without sampling its tokens for good, and time every nano-operation; see ``Traceable``."""
+        """Run a step again, at the clocks of a card that has been busy, and time every nano-operation; see
+        ``Traceable``."""
         self._device.use()
         plan = next(plan for plan in self._plans if plan.dense_batch_size >= batch.num_tokens)
-        self._stream.synchronize()
-        self._memory.inputs.upload(without_sampling(batch), self._stream.handle)
+        self._memory.inputs.upload(batch, self._stream.handle)
+        until = time.perf_counter() + TRACE_WARM_SECONDS
+        while time.perf_counter() < until:
+            self._pool.for_tokens(batch.num_tokens).launch(self._stream.handle)
+            self._stream.synchronize()
         return capture_traced(
             Layers(self._model, plan, self._kernels, self._memory, self._sizes, self._device.sms),
             unroll(plan, self._model.operations, self._config.num_layers),
