@@ -1,11 +1,11 @@
-"""Ratios as heat maps in SVG, written as text: no plotting library, and nothing to install."""
+"""Ratios as heat maps in SVG."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from nf.planning.figures import Figure
+from nf.planning.svg import document, text
 
 TOLERANCE = 0.05
 """A cell that differs by more from what the paper prints shows the paper's value too."""
@@ -14,7 +14,6 @@ COMPUTE_COLOUR, EVEN_COLOUR = (0xF2, 0xC1, 0x4E), (0xF7, 0xF5, 0xEF)
 RESOURCE_COLOURS = {"network": (0x2B, 0x6C, 0xB0), "memory": (0x2F, 0x85, 0x5A)}
 
 _CELL, _LETTER, _HEAD, _FOOT, _GAP = (66, 34), 7, 84, 34, 20  # pixels
-_FONT = "font-family='system-ui, sans-serif'"
 
 
 def heat_maps(figures: Sequence[Figure]) -> str:
@@ -23,16 +22,12 @@ def heat_maps(figures: Sequence[Figure]) -> str:
     left = max(160, _LETTER * max(len(name) for figure in figures for name in figure.rows)) + 10
     width = left + _CELL[0] * max(len(figure.columns) for figure in figures) + _GAP
     height = sum(heights) + _GAP * (len(figures) - 1)
-    parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' "
-        f"viewBox='0 0 {width} {height}' {_FONT} font-size='12'>",
-        "<rect width='100%' height='100%' fill='white'/>",
-    ]
+    parts: list[str] = []
     top = 0
     for figure, own in zip(figures, heights, strict=True):
         parts += [f"<g transform='translate(0 {top})'>", *_heat_map(figure, left), "</g>"]
         top += own + _GAP
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return document(width, height, parts)
 
 
 def differs(value: float | None, printed: float | None) -> bool:
@@ -45,15 +40,15 @@ def differs(value: float | None, printed: float | None) -> bool:
 
 def _heat_map(figure: Figure, left: int) -> list[str]:
     wide, high = _CELL
-    parts = [_text(10, 24, figure.title, anchor="start", size=15)]
+    parts = [text(10, 24, figure.title, anchor="start", size=15)]
     for column, name in enumerate(figure.columns):
         x = left + wide * (column + 0.5)
         words = name.split(" ", 1)
         for line, word in enumerate(words):
-            parts.append(_text(x, _HEAD - 8 - 14 * (len(words) - 1 - line), word, size=11))
+            parts.append(text(x, _HEAD - 8 - 14 * (len(words) - 1 - line), word, size=11))
     for row, name in enumerate(figure.rows):
         y = _HEAD + high * row
-        parts.append(_text(left - 8, y + high / 2 + 4, name, anchor="end"))
+        parts.append(text(left - 8, y + high / 2 + 4, name, anchor="end"))
         for column, (value, printed) in enumerate(zip(figure.values[row], figure.printed[row], strict=True)):
             parts += _cell(left + wide * column, y, value, printed, figure.resource)
     note = f"Below 1 (yellow) compute is the scarcer resource, above 1 {figure.resource}."
@@ -61,7 +56,7 @@ def _heat_map(figure: Figure, left: int) -> list[str]:
         differs(v, p) for vs, ps in zip(figure.values, figure.printed, strict=True) for v, p in zip(vs, ps, strict=True)
     ):
         note += " [ ]: as the paper prints it, where that is more than 5 % away."
-    return [*parts, _text(left, _HEAD + high * len(figure.rows) + 20, note, anchor="start", size=11)]
+    return [*parts, text(left, _HEAD + high * len(figure.rows) + 20, note, anchor="start", size=11)]
 
 
 def _cell(x: float, y: float, value: float | None, printed: float | None, resource: str) -> list[str]:
@@ -72,9 +67,9 @@ def _cell(x: float, y: float, value: float | None, printed: float | None, resour
     papers = printed is not None and differs(value, printed)
     parts = [
         f"<rect x='{x:g}' y='{y:g}' width='{wide - 2}' height='{high - 2}' rx='3' fill='{fill}'/>",
-        _text(middle, base - 5 * papers, "–" if value is None else f"{value:.2f}", fill=ink),
+        text(middle, base - 5 * papers, "–" if value is None else f"{value:.2f}", fill=ink),
     ]
-    return [*parts, _text(middle, base + 8, f"[{printed:.2f}]", size=10, fill=ink)] if papers else parts
+    return [*parts, text(middle, base + 8, f"[{printed:.2f}]", size=10, fill=ink)] if papers else parts
 
 
 def colour(ratio: float, resource: str) -> str:
@@ -83,7 +78,3 @@ def colour(ratio: float, resource: str) -> str:
     low, high = (COMPUTE_COLOUR, EVEN_COLOUR) if share < 0.5 else (EVEN_COLOUR, RESOURCE_COLOURS[resource])
     along = 2 * share if share < 0.5 else 2 * share - 1
     return "#" + "".join(f"{round(a + (b - a) * along):02x}" for a, b in zip(low, high, strict=True))
-
-
-def _text(x: float, y: float, words: str, *, anchor: str = "middle", size: int = 12, fill: str = "#1a202c") -> str:
-    return f"<text x='{x:g}' y='{y:g}' text-anchor='{anchor}' font-size='{size}' fill='{fill}'>{escape(words)}</text>"

@@ -178,7 +178,7 @@ class Profile:
             "idle_watts": self.idle_watts,
             "cap_watts": self.cap_watts,
             "solo": solos,
-            "co_run": [[*pair, point.watts] for pair, point in zip(pairs, self.co_runs.values(), strict=True)],
+            "co_run": [[*pair, _number(point.watts)] for pair, point in zip(pairs, self.co_runs.values(), strict=True)],
         }
 
     @classmethod
@@ -189,8 +189,23 @@ class Profile:
             for count, sms, context, seconds, joules in rows:
                 profile.add(Solo(operation, count, sms, context, seconds, math.nan if joules is None else joules))
         for first, second, watts in data["co_run"]:
-            profile.add(CoRun(Load(*first), Load(*second), watts))
+            profile.add(CoRun(Load(*first), Load(*second), math.nan if watts is None else watts))
         return profile
+
+
+def read_profile(path: Path, model: str) -> Profile:
+    """The measurements of ``model`` in a profile file, whatever they were made with.
+
+    Raises:
+        InputError: there is no such file, ``save_profile`` did not write it, or it has none of ``model``.
+    """
+    document = _document(path)
+    if document is None:
+        raise InputError(str(path), "there is no such profile file")
+    models = document["models"]
+    if model not in models:
+        raise InputError(str(path), f"has no measurements of {model}, only of {', '.join(models) or 'nothing'}")
+    return _profile(path, _key_of(document), model, models[model])
 
 
 def load_profile(folder: Path, key: ProfileKey, model: str) -> Profile | None:
@@ -199,17 +214,15 @@ def load_profile(folder: Path, key: ProfileKey, model: str) -> Profile | None:
     Raises:
         InputError: the file is not one that ``save_profile`` wrote.
     """
-    models = _read(folder / key.file_name, key)
-    try:
-        return Profile.from_json(key, model, models[model]) if model in models else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(str(folder / key.file_name), f"the profile of {model} is damaged ({error})") from None
+    path = folder / key.file_name
+    models = _models(path, key)
+    return _profile(path, key, model, models[model]) if model in models else None
 
 
 def save_profile(folder: Path, profile: Profile) -> Path:
     """Write ``profile`` into the file of its key beside the other models there, whole or not at all."""
     path = folder / profile.key.file_name
-    models = _read(path, profile.key)
+    models = _models(path, profile.key)
     models[profile.model] = profile.to_json()
     head = {"version": FORMAT_VERSION, "gpu": profile.key.gpu, "driver": profile.key.driver}
     document = head | {"kernels": profile.key.kernels, "models": models}
@@ -220,21 +233,42 @@ def save_profile(folder: Path, profile: Profile) -> Path:
     return path
 
 
-def _read(path: Path, key: ProfileKey) -> dict[str, Any]:
-    """Models of a profile file."""
+def _document(path: Path) -> dict[str, Any] | None:
+    """A profile file, None if there is none."""
     try:
         document = json.loads(path.read_text())
         if document["version"] != FORMAT_VERSION:
             raise InputError(str(path), f"format {shown(document['version'])} is unknown; it must be {FORMAT_VERSION}")
-        if (document["gpu"], document["driver"], document["kernels"]) != (key.gpu, key.driver, key.kernels):
-            raise InputError(str(path), "the profile was measured with another GPU, driver or kernel version")
-        return dict(document["models"])
+        _key_of(document)
+        return {**document, "models": dict(document["models"])}
     except FileNotFoundError:
-        return {}
+        return None
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(str(path), f"cannot be read as a profile ({error})") from None
+
+
+def _key_of(document: Mapping[str, Any]) -> ProfileKey:
+    return ProfileKey(document["gpu"], document["driver"], document["kernels"])
+
+
+def _models(path: Path, key: ProfileKey) -> dict[str, Any]:
+    """Models of a profile file that must be of ``key``."""
+    document = _document(path)
+    if document is None:
+        return {}
+    if _key_of(document) != key:
+        raise InputError(str(path), "the profile was measured with another GPU, driver or kernel version")
+    models: dict[str, Any] = document["models"]
+    return models
+
+
+def _profile(path: Path, key: ProfileKey, model: str, data: Mapping[str, Any]) -> Profile:
+    try:
+        return Profile.from_json(key, model, data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(str(path), f"the profile of {model} is damaged ({error})") from None
 
 
 def _compact(document: dict[str, Any]) -> str:
