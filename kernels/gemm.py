@@ -197,16 +197,19 @@ def cost(config: GemmConfig, n: int, k: int, rows: int, sms: int) -> float:
     """What a configuration would cost, in clock cycles and up to what they all share; only the order means anything.
 
     A K tile takes the tensor cores tile_m · tile_n / 32 cycles, and L2 delivers about 128 bytes a cycle to an SM,
-    operands shared in a cluster once; a tile has some 1500 cycles besides, and 400 for the exchange if K is split. The
-    time lies between whole rounds of tiles, as if the last took as long as the others, and the tiles' share of the
-    SMs, as if nothing was lost: at the power limit idle SMs let the others run faster. The constants are fitted to
-    what scripts/tune_gemm.py measured: choosing by them costs 0.7 % on average.
+    operands shared in a cluster once. What L2 and shared memory deliver also takes power, and so clock, from the rest;
+    every 64 rows of the left operand read all of the right one. A tile has some 2000 cycles besides, and 400 for the
+    exchange if K is split. The time lies between whole rounds of tiles, as if the last took as long as the others, and
+    the tiles' share of the SMs, as if nothing was lost: at the power limit idle SMs let the others run faster. The
+    constants are fitted to what scripts/tune_gemm.py measured: at the card's steady state, choosing by them costs
+    0.7 % on average and 5 % at most.
     """
     multiply = config.tile_m * config.tile_n / 32
     from_l2 = config.tile_m / config.cluster_n + config.tile_n / config.cluster_m
+    from_shared = config.tile_m // 64 * (64 + config.tile_n)
     k_tiles = -(-k // TILE_K) / config.split
-    per_tile = k_tiles * (max(multiply, from_l2) + from_l2 / 50) * config.residents
-    per_tile += 1500 + (400 if config.split > 1 else 0)
+    per_tile = k_tiles * (max(multiply, from_l2) + from_l2 / 10 + from_shared / 50) * config.residents
+    per_tile += 2000 + (400 if config.split > 1 else 0)
     rounds = config.tiles(n, rows) / config.clusters(sms)
     return (math.ceil(rounds) + 1.5 * rounds) * per_tile
 

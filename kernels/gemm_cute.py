@@ -69,6 +69,7 @@ class Gemm(GemmUnits):
             W = cute.make_tensor(w, cute.make_layout((n, k, num_experts), stride=(k, 1, expert_stride)))
         Y = cute.make_tensor(y, cute.make_layout((capacity, columns), stride=(columns, 1)))
         E = cute.make_tensor(extra, cute.make_layout((capacity, n), stride=(extra_stride, 1)))
+        has_rows = Int32(extra_stride > 0)  # a residual; a bias is one row for all
 
         mma = self._mma(self.consumers)
         left_layout = hopper.make_smem_layout_a(ROW_MAJOR, self.tile, BFloat16, self.stages)
@@ -85,6 +86,9 @@ class Gemm(GemmUnits):
             )
             if const_expr(self.epilogue == "add"):
                 e_layout = hopper.make_smem_layout_epi(BFloat16, ROW_MAJOR, box, self.stages * self.units_per_block)
+                # Of a bias only the first row of a box is there; TMA reads nothing for the others.
+                e_rows = 1 + has_rows * (capacity - 1)
+                E = cute.make_tensor(extra, cute.make_layout((e_rows, n), stride=(n, 1)))
                 e_load, E = self._load_atom(E, e_layout, box, 1)
 
         y_size = 1 if const_expr(self.swap) else cute.cosize(y_layout)
@@ -102,7 +106,7 @@ class Gemm(GemmUnits):
         tile_experts = cute.make_tensor(experts, cute.make_layout(cute.ceil_div(capacity, tile_m)))
         self.kernel(
             left_load, left, right_load, right, y_store, Y, e_load, E, rows, tile_experts, mma,
-            left_layout, right_layout, y_layout, e_layout, capacity, n, k, group,
+            left_layout, right_layout, y_layout, e_layout, has_rows, capacity, n, k, group,
         ).launch(
             grid=(self.cluster[0], self.cluster[1], self.split * clusters),
             block=(self.threads, 1, 1),
@@ -150,6 +154,7 @@ class Gemm(GemmUnits):
         right_layout: cute.ComposedLayout,
         y_layout: cute.ComposedLayout | None,
         e_layout: cute.ComposedLayout | None,
+        has_rows: Int32,
         capacity: Int32,
         n: Int32,
         k: Int32,
@@ -191,11 +196,16 @@ class Gemm(GemmUnits):
         pipeline.pipeline_init_arrive(cluster_shape_mn=self.cluster, is_relaxed=True)
         s_left = shared.left.get_tensor(left_layout.outer, swizzle=left_layout.inner)
         s_right = shared.right.get_tensor(right_layout.outer, swizzle=right_layout.inner)
-        sY, sE = None, None
+        sY, sE, sE_read = None, None, None
         if const_expr(not self.swap):
             sY = shared.y.get_tensor(y_layout.outer, swizzle=y_layout.inner)
             if const_expr(self.epilogue == "add"):
                 sE = shared.right.get_tensor(e_layout.outer, swizzle=e_layout.inner)
+                columns, slots = self.store_columns, self.stages * self.units_per_block
+                stride = cute.assume(has_rows * columns, 8)  # of a bias every row is the first, which no swizzle moves
+                sE_read = shared.right.get_tensor(
+                    cute.make_layout((64, columns, slots), stride=(stride, 1, 64 * columns)), swizzle=e_layout.inner
+                )
         quads, wgs, parts = self.unit_values // 4, self.consumers, self.parts_per_stage
         part_size = 128 * self.unit_values
         longer = shared.left if const_expr(tile_m > tile_n) else shared.right
@@ -218,14 +228,14 @@ class Gemm(GemmUnits):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_index == 0:
                 self._produce(
-                    ring, left_load, left, right_load, right, s_left, s_right, e_load, E, sE, room, drained,
+                    ring, left_load, left, right_load, right, s_left, s_right, e_load, E, sE, has_rows, room, drained,
                     tile_experts, cluster, place, m_tiles, n_tiles, k, group,
                 )  # fmt: skip
         else:
             if const_expr(self.residents == 1):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[self.consumers])
             self._consume(
-                ring, mma, s_left, s_right, sY, sE, received, room, drained, y_store, Y, E, thread - 128,
+                ring, mma, s_left, s_right, sY, sE_read, received, room, drained, y_store, Y, E, thread - 128,
                 place, m_tiles, n_tiles, k, group, valid, n,
             )  # fmt: skip
 
@@ -235,7 +245,7 @@ class Gemm(GemmUnits):
 
     @cute.jit
     def _produce(
-        self, ring, left_load, left, right_load, right, s_left, s_right, e_load, E, sE, room, drained,
+        self, ring, left_load, left, right_load, right, s_left, s_right, e_load, E, sE, has_rows, room, drained,
         tile_experts, cluster, place, m_tiles, n_tiles, k, group,
     ):  # fmt: skip
         tile_m, tile_n, tile_k = self.tile
@@ -340,7 +350,7 @@ class Gemm(GemmUnits):
                     for unit in cutlass.range_constexpr(units):
                         block, piece = self._place_of(first + unit, rank_k)
                         for wg in cutlass.range_constexpr(self.consumers):
-                            row = (m * self.row_blocks + block) * self.consumers + wg
+                            row = ((m * self.row_blocks + block) * self.consumers + wg) * has_rows
                             slot = state.index * self.units_per_block + unit * self.consumers + wg
                             source = from_e[(None, row, column * self.units_per_block + piece)]
                             cute.copy(e_load, source, to_e[(None, slot)], tma_bar_ptr=full)

@@ -4,9 +4,10 @@
     python scripts/tune_gemm.py measure --bundle DIR --sms 132 --out a.json    # on the GPU, needs cupy
     python scripts/tune_gemm.py reduce a.json [b.json …]                   # anywhere; writes the table
 
-For every shape, number of rows and SM budget, the candidates that the cost rule thinks best are timed in turn with
-cuBLAS, a few rounds each in a loop that keeps the card at its steady state. ``reduce`` then picks few configurations:
-for every point one that is within 1 % of its best.
+For every shape, number of rows and SM budget, candidates are timed one after the other, each once the card has settled
+at the clock that its power allows, between two timings of cuBLAS. Candidates are those that the cost rule thinks best,
+and those that earlier records have near the best. ``reduce`` then picks few configurations: for every point one that is
+within 2 % of its best, or 1 % for a full batch.
 """
 
 from __future__ import annotations
@@ -14,77 +15,139 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nf.bench.gemm_cases import MODELS
+from nf.bench.gemm_cases import HEADS, MODELS
 from nf.kernels.compile import compile_kernels, load_bundle
-from nf.kernels.gemm import TABLE, Gemm, GemmChoice, GemmConfig, GemmKernels, configurations, cost
+from nf.kernels.gemm import (
+    TABLE,
+    Epilogue,
+    Gemm,
+    GemmChoice,
+    GemmConfig,
+    GemmKernels,
+    Output,
+    configurations,
+    cost,
+)
+from nf.kernels.source import KernelSource
+
+Point = tuple[int, int, int, int]  # n, k, SMs, rows
 
 ROWS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 8192)
+HEAD = "lm_head"  # the last product, fp32 out
 COPIES_BYTES = 160 << 20  # of W in rotation: more than L2 keeps
-GRAPH_SECONDS, SLICE_SECONDS, ROUNDS = 2e-3, 0.02, 3
-TOLERANCE = 1.015
+GRAPH_SECONDS = 2e-3
+WARM_SECONDS, SETTLE_SECONDS, SLICE_SECONDS = 0.3, 0.1, 0.12  # before a point; before each timing; each timing
+NEAR = 1.05  # of an earlier record's best
+TOLERANCE = 1.02  # of a point's best: what may be chosen for it
+FULL_ROWS, FULL_TOLERANCE = 2048, 1.01  # a full batch, where most time goes
 
 
 def candidates() -> list[GemmConfig]:
     """Everything worth a try."""
     found = [GemmConfig(128, n, 2, 1) for n in (64, 80, 96, 128, 160, 192, 224, 256)]
-    found += [GemmConfig(128, n, 1, 2) for n in (96, 128, 192, 256)]
+    found += [GemmConfig(128, n, 1, 2) for n in (96, 128, 192, 224, 256)]
     found += [GemmConfig(128, n, split=2) for n in (64, 96, 128, 160, 192, 256)]
     found += [GemmConfig(128, n, split=4) for n in (128, 192, 256)]
-    found += [GemmConfig(256, n, *cluster) for n in (96, 128, 144, 160) for cluster in ((1, 1), (1, 2), (2, 1))]
-    found += [GemmConfig(256, 192, 2, 1), GemmConfig(256, 96, split=2), GemmConfig(256, 128, split=2)]
+    found += [GemmConfig(256, n, *cluster) for n in (96, 128, 144, 160, 192) for cluster in ((1, 1), (1, 2), (2, 1))]
+    found += [GemmConfig(256, 96, split=2), GemmConfig(256, 128, split=2)]
+    found += [GemmConfig(*tile, 2, 2) for tile in ((128, 256), (256, 128), (256, 192))]
     found += [GemmConfig(64, n, split=split, swap=True) for n in (16, 32, 64, 128) for split in (1, 2)]
+    found += [GemmConfig(64, 32, split=4, swap=True)]
+    found += [GemmConfig(128, n, split=split, swap=True) for n in (16, 32, 64) for split in (2, 4) if n // split > 4]
     return found
 
 
-def shortlist(n: int, k: int, rows: int, sms: int, configs: list[GemmConfig], count: int) -> list[GemmChoice]:
+def shortlist(
+    n: int, k: int, rows: int, sms: int, configs: list[GemmConfig], count: int, epilogue: Epilogue, output: Output
+) -> list[GemmChoice]:
     """The ``count`` cheapest by the rule; the best of them also with other groups where there are many rows."""
-    able = [c for c in configs if c.split * 64 <= k and (not c.swap or rows <= 256)]
+    able = [c for c in configs if c.split * 64 <= k and c.serves(epilogue, output) and (not c.swap or rows <= 256)]
     best = sorted(able, key=lambda config: cost(config, n, k, rows, sms))[:count]
     groups = [GemmChoice(config, group) for config in best[:2] for group in (4, 16)] if rows >= 2048 else []
     return [*(GemmChoice(config) for config in best), *groups]
+
+
+def near_the_best(files: list[Path]) -> dict[Point, list[GemmChoice]]:
+    """What earlier records have near the best of each point, best first."""
+    found: dict[Point, list[GemmChoice]] = {}
+    for file in files:
+        for point in json.loads(file.read_text())["points"]:
+            ranked = sorted((t, config, group) for config, group, t in point["times"])
+            found[_key(point)] = [
+                GemmChoice(GemmConfig.from_label(c), g) for t, c, g in ranked if t <= NEAR * ranked[0][0]
+            ]
+    return found
+
+
+def _key(point: dict[str, Any]) -> Point:
+    return point["n"], point["k"], point["sms"], point["rows"]
 
 
 def measure(args: argparse.Namespace) -> None:
     from nf.bench.kernels import environment
 
     record: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), **environment(), "points": []}
-    configs = candidates() if args.all else list(configurations())
-    kernels = GemmKernels(load_bundle([config.source("none") for config in configs], "sm_90a", args.bundle))
+    configs = _configs(args)
+    kernels = GemmKernels(load_bundle(_sources(configs, args.names), "sm_90a", args.bundle))
+    earlier = near_the_best(args.previous)
     started = time.monotonic()
     for model in args.models:
         for name in args.names:
-            for point in _measure_shape(args, kernels, configs, model, name, started):
+            for point in _measure_shape(args, kernels, configs, earlier, model, name, started):
                 record["points"].append(point)
                 args.out.write_text(json.dumps(record) + "\n")  # what is measured is kept, whatever comes
 
 
+def _configs(args: argparse.Namespace) -> list[GemmConfig]:
+    if args.configs:
+        return [GemmConfig.from_label(label) for label in args.configs]
+    return candidates() if args.all else list(configurations())
+
+
+def _sources(configs: list[GemmConfig], names: list[str]) -> list[KernelSource]:
+    """Plain products with the outputs that the products named have."""
+    outputs: list[Output] = ["bfloat16"] if set(names) - {HEAD} else []
+    outputs += ["float32"] if HEAD in names else []
+    return [c.source("none", output) for output in outputs for c in configs if c.serves("none", output)]
+
+
 def _measure_shape(
-    args: argparse.Namespace, kernels: GemmKernels, configs: list[GemmConfig], model: str, name: str, started: float
+    args: argparse.Namespace,
+    kernels: GemmKernels,
+    configs: list[GemmConfig],
+    earlier: dict[Point, list[GemmChoice]],
+    model: str,
+    name: str,
+    started: float,
 ) -> Iterator[dict[str, Any]]:
     import cupy
 
     from nf.bench import cublas
-    from nf.graphs.partition import partitions
 
-    n, k = MODELS[model][name]
+    n, k = HEADS[model] if name == HEAD else MODELS[model][name]
+    output: Output = "float32" if name == HEAD else "bfloat16"
+    epilogue: Epilogue = "swiglu" if name == "gate_up" else "none"  # that it must serve; the plain product is timed
     ws = [_normal(n, k) for _ in range(max(1, -(-COPIES_BYTES // (n * k * 2))))]
     for sms in args.sms:
         stream = cupy.cuda.Stream(non_blocking=True)
         if sms < cupy.cuda.Device().attributes["MultiProcessorCount"]:
-            stream = cupy.cuda.ExternalStream(_STREAMS.setdefault(sms, None) or _keep(sms, partitions((sms,))[0].stream()))
+            stream = cupy.cuda.ExternalStream(_partition(sms))
         for rows in args.rows:
             if time.monotonic() - started > args.seconds:
                 return
-            x, y = _normal(rows, k), cupy.empty((rows, n), cupy.uint16)
+            x, y = _normal(rows, k), cupy.empty((rows, n), "f4" if name == HEAD else "u2")
             count = cupy.array([rows], cupy.int32)
-            choices = shortlist(n, k, rows, sms, configs, args.count)
-            gemms = [kernels.product(n, k, rows, sms=sms, choice=choice) for choice in choices]
+            known = [c for c in earlier.get((n, k, sms, rows), []) if c.config in configs][: args.count]
+            rule = shortlist(n, k, rows, sms, configs, args.count, epilogue, output)
+            choices = [*known, *(c for c in rule if c not in known)][: args.count]
+            also = [GemmConfig.from_label(label) for label in args.also]
+            choices += [GemmChoice(c) for c in also if c.serves(epilogue, output) and GemmChoice(c) not in choices]
+            gemms = [kernels.product(n, k, rows, sms=sms, choice=choice, output=output) for choice in choices]
 
             pointers = {"x": x.data.ptr, "y": y.data.ptr, "rows": count.data.ptr}
             calls = [[cublas.gemm(x, w, y) for w in ws]]
@@ -96,7 +159,7 @@ def _measure_shape(
                 "times": [[c.config.label, c.group, t] for c, t in zip(choices, times, strict=True)],
             }  # fmt: skip
             ranked = sorted(zip(times, choices, strict=True), key=lambda pair: pair[0])
-            tail = " ".join(f"{c.config.label}/{c.group}:{t / reference:.3f}" for t, c in ranked[:4])
+            tail = " ".join(f"{c.config.label}/{c.group}:{t / reference:.3f}" for t, c in ranked[:5])
             print(f"{model} {name} {sms} SMs {rows} rows: cuBLAS {reference * 1e6:.1f} µs; {tail}", flush=True)
 
 
@@ -104,18 +167,15 @@ def _call(gemm: Gemm, pointers: dict[str, int], stream: int) -> None:
     gemm(**pointers, stream=stream)
 
 
-_STREAMS: dict[int, int | None] = {}
+@functools.cache
+def _partition(sms: int) -> int:
+    from nf.graphs.partition import partitions
 
-
-def _keep(sms: int, stream: int) -> int:
-    _STREAMS[sms] = stream
-    return stream
+    return partitions((sms,))[0].stream()
 
 
 def _in_turn(stream: Any, calls: list[list[Any]], estimate: float) -> list[float]:
-    """Median seconds per call of each list of calls, measured in alternation."""
-    import cupy
-
+    """Seconds per call of each list of calls; of the first list, the mean of a timing before and one after the rest."""
     with stream:
         graphs = []
         for each in calls:
@@ -128,20 +188,28 @@ def _in_turn(stream: Any, calls: list[list[Any]], estimate: float) -> list[float
                 for call in each:
                     call(stream.ptr)
             graphs.append((stream.end_capture(), repeats * len(each)))
-        times: list[list[float]] = [[] for _ in calls]
-        for turn in range(ROUNDS + 1):
-            for i, (graph, count) in enumerate(graphs):
-                replays = max(1, round(SLICE_SECONDS / (estimate * count)))
-                start, end = cupy.cuda.Event(), cupy.cuda.Event()
-                graph.launch(stream)
-                start.record(stream)
-                for _ in range(replays):
-                    graph.launch(stream)
-                end.record(stream)
-                end.synchronize()
-                if turn:  # the first round warms the card
-                    times[i].append(cupy.cuda.get_elapsed_time(start, end) / 1e3 / replays / count)
-    return [statistics.median(each) for each in times]
+        _replays(stream, *graphs[0], WARM_SECONDS, estimate)
+        first, *times, last = (_settled(stream, *graph, estimate) for graph in [*graphs, graphs[0]])
+    return [(first + last) / 2, *times]
+
+
+def _settled(stream: Any, graph: Any, count: int, estimate: float) -> float:
+    estimate = _replays(stream, graph, count, SETTLE_SECONDS, estimate)
+    return _replays(stream, graph, count, SLICE_SECONDS, estimate)
+
+
+def _replays(stream: Any, graph: Any, count: int, seconds: float, estimate: float) -> float:
+    """Seconds per call in about ``seconds`` of replays of a graph of ``count`` calls."""
+    import cupy
+
+    replays = max(1, round(seconds / (estimate * count)))
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    start.record(stream)
+    for _ in range(replays):
+        graph.launch(stream)
+    end.record(stream)
+    end.synchronize()
+    return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3 / replays / count
 
 
 def _normal(rows: int, columns: int) -> Any:
@@ -156,13 +224,9 @@ def reduce(files: list[Path]) -> dict[str, Any]:
     tolerance, then for every point the fastest of those chosen."""
     records = [json.loads(file.read_text()) for file in files]
     # Of a point measured twice, the first file named counts.
-    unique = {
-        (point["n"], point["k"], point["sms"], point["rows"]): point
-        for record in reversed(records)
-        for point in record["points"]
-    }
+    unique = {_key(point): point for record in reversed(records) for point in record["points"]}
     points = sorted(unique.values(), key=lambda p: (p["model"], p["sms"], p["name"], p["rows"]))
-    fits = [{c for c, _, t in p["times"] if t <= TOLERANCE * min(t for *_, t in p["times"])} for p in points]
+    fits = [_fit(point) for point in points]
     chosen: set[str] = set()
     left = list(range(len(points)))
     while left:
@@ -176,11 +240,18 @@ def reduce(files: list[Path]) -> dict[str, Any]:
     for point in points:
         seconds, config, group = min((t, c, g) for c, g, t in point["times"] if c in chosen)
         entry = {key: point[key] for key in ("model", "name", "n", "k", "sms", "rows")}
-        ratio = round(seconds / point["cublas"], 3)
-        entries.append({**entry, "config": config, "group": group, "us": round(seconds * 1e6, 2), "cublas": ratio})
+        if point["cublas"] is not None:  # else the seconds are those of a layer
+            entry |= {"us": round(seconds * 1e6, 2), "cublas": round(seconds / point["cublas"], 3)}
+        entries.append({**entry, "config": config, "group": group})
     keep = ("date", "gpu", "driver", "cublas", "commit", "note")
     measured = [{key: record[key] for key in keep if record.get(key) is not None} for record in records]
     return {"measured": measured, "entries": entries}
+
+
+def _fit(point: dict[str, Any]) -> set[str]:
+    tolerance = FULL_TOLERANCE if point["rows"] == FULL_ROWS else TOLERANCE
+    best = min(seconds for *_, seconds in point["times"])
+    return {config for config, _, seconds in point["times"] if seconds <= tolerance * best}
 
 
 def main() -> None:
@@ -190,19 +261,21 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--bundle", type=Path, required=True)
         command.add_argument("--all", action="store_true", help="all candidates, not only those the table names")
+        command.add_argument("--configs", nargs="+", metavar="LABEL", help="these candidates")
+        command.add_argument("--names", nargs="+", default=[*MODELS["llama-3-8b"], HEAD], help="of products")
         if name == "measure":
             command.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-            command.add_argument("--names", nargs="+", default=list(MODELS["llama-3-8b"]), help="of products")
+            command.add_argument("--previous", nargs="*", type=Path, default=[], help="records that name candidates")
             command.add_argument("--sms", nargs="+", type=int, required=True)
             command.add_argument("--rows", nargs="+", type=int, default=ROWS)
             command.add_argument("--count", type=int, default=7, help="candidates per point")
             command.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
+            command.add_argument("--also", nargs="*", default=[], help="configurations to try at every point")
             command.add_argument("--out", type=Path, required=True)
     commands.add_parser("reduce").add_argument("files", nargs="+", type=Path)
     args = parser.parse_args()
     if args.command == "compile":
-        configs = candidates() if args.all else configurations()
-        for artifact in compile_kernels([config.source("none") for config in configs], "sm_90a", folder=args.bundle):
+        for artifact in compile_kernels(_sources(_configs(args), args.names), "sm_90a", folder=args.bundle):
             print(artifact.source.name, *artifact.resources)
     elif args.command == "measure":
         measure(args)

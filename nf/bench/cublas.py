@@ -9,17 +9,19 @@ from typing import Any
 from nf.bench.measure import Call
 
 _TRANSPOSED, _PLAIN = 1, 0  # CUBLAS_OP_T, CUBLAS_OP_N
-_BF16, _COMPUTE_32F, _DEFAULT_ALGORITHM = 14, 68, -1  # CUDA_R_16BF, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT
+_BF16, _FP32 = 14, 0  # CUDA_R_16BF, CUDA_R_32F
+_COMPUTE_32F, _DEFAULT_ALGORITHM = 68, -1  # CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT
 _ONE, _ZERO = ctypes.c_float(1), ctypes.c_float(0)
 
 
 def gemm(x: Any, w: Any, y: Any) -> Call:
-    """A call computing ``y [m, n] = x [m, k]·w [n, k]ᵀ`` on bf16 arrays (cupy uint16).
+    """A call computing ``y [m, n] = x [m, k]·w [n, k]ᵀ`` on bf16 arrays (cupy uint16); y may be float32.
 
     Through ctypes, since cupy's own binding refuses to be captured.
     """
     library, handle = _cublas()
     (m, k), n = x.shape, w.shape[0]
+    output = _FP32 if y.dtype == "float32" else _BF16
     pointers = [ctypes.c_void_p(array.data.ptr) for array in (w, x, y)]
 
     def call(stream: int) -> None:
@@ -27,7 +29,7 @@ def gemm(x: Any, w: Any, y: Any) -> Call:
         # Column-major: yᵀ [n, m] = w·xᵀ.
         status = library.cublasGemmEx(
             handle, _TRANSPOSED, _PLAIN, n, m, k, ctypes.byref(_ONE), pointers[0], _BF16, k, pointers[1], _BF16, k,
-            ctypes.byref(_ZERO), pointers[2], _BF16, n, _COMPUTE_32F, _DEFAULT_ALGORITHM,
+            ctypes.byref(_ZERO), pointers[2], output, n, _COMPUTE_32F, _DEFAULT_ALGORITHM,
         )  # fmt: skip
         if status:
             raise RuntimeError(f"cuBLAS answered status {status}")

@@ -1,5 +1,8 @@
-"""GEMMs of Llama-3's layers against cuBLAS on the same SMs; epilogues against the plain product; few rows against a
-streaming read of the weights."""
+"""GEMMs of Llama-3's layers and of its logits against cuBLAS on the same SMs; epilogues against the plain product; few
+rows against a streaming read of the weights.
+
+A card draws more as it warms up, so the reference is measured before and after.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from typing import Any
 
 from nf.bench import cublas
 from nf.bench.kernels import Bench, Row
-from nf.bench.measure import Call, measure
-from nf.kernels.gemm import Epilogue, Gemm, GemmKernels, sources
+from nf.bench.measure import Call, Measurement, measure
+from nf.kernels.gemm import Epilogue, Gemm, GemmKernels, Output, sources
 
 Shape = tuple[int, int]  # n, k
 
@@ -18,12 +21,15 @@ MODELS: dict[str, dict[str, Shape]] = {
     "llama-3-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
     "llama-3-70b-tp4": {"qkv": (2560, 8192), "o": (8192, 2048), "gate_up": (14336, 8192), "down": (8192, 7168)},
 }
+HEADS: dict[str, Shape] = {"llama-3-8b": (128256, 4096), "llama-3-70b-tp4": (32064, 8192)}  # logits, in fp32
+HEAD_ROWS = (256, 1024)
 ROWS = (256, 512, 768, 1024, 1536, 2048, 4096, 8192)
 PARTITIONS, PARTITION_ROWS = (116, 100, 68), (512, 2048)
 EPILOGUES: tuple[tuple[str, Epilogue], ...] = (
     ("qkv", "bias"), ("o", "residual"), ("gate_up", "swiglu"), ("down", "residual"),
 )  # fmt: skip
 SKINNY_ROWS = (1, 16, 32)
+AGAIN_SECONDS = 0.15  # warming up on a card that is warm
 
 
 def rows(bench: Bench) -> Iterator[Row]:
@@ -39,6 +45,9 @@ def rows(bench: Bench) -> Iterator[Row]:
             score = products.bytes / measured.seconds / bench.read_rate()
             case = f"{model} layer, {count} row{'s' * (count > 1)}"
             yield Row("gemm", case, measured, products.bytes, "B", "streaming read", score, 0.85)
+    head = Products(bench, [HEADS["llama-3-8b"]], "float32")
+    for count in HEAD_ROWS:
+        yield head.row(f"llama-3-8b logits in fp32, {count} rows", count, bench.sms, None)
     for name, epilogue in EPILOGUES:
         yield _epilogue(bench, name, MODELS["llama-3-8b"][name], epilogue)
 
@@ -46,36 +55,50 @@ def rows(bench: Bench) -> Iterator[Row]:
 class Products:
     """The GEMMs of a layer, one after the other, with weights of their own: more than L2 holds."""
 
-    def __init__(self, bench: Bench, shapes: list[Shape]) -> None:
-        self.bench, self.shapes = bench, shapes
+    def __init__(self, bench: Bench, shapes: list[Shape], output: Output = "bfloat16") -> None:
+        self.bench, self.shapes, self.output = bench, shapes, output
         self.kernels = GemmKernels(bench.artifacts(sources()))
         self.weights = [bench.normal(n, k, scale=k**-0.5) for n, k in shapes]
         self.bytes = sum(n * k * 2 for n, k in shapes)
 
-    def row(self, case: str, count: int, sms: int, floor: float) -> Row:
+    def row(self, case: str, count: int, sms: int, floor: float | None) -> Row:
         stream = None if sms == self.bench.sms else _stream(sms)
-        reference = measure([self.cublas(count)], on=stream)
-        measured = measure([self.ours(count, sms)], on=stream)
-        work = count * self.bytes
-        return Row("gemm", case, measured, work, "FLOP", "cuBLAS", reference.seconds / measured.seconds, floor)
+        reference, measured = _both(self.cublas(count), self.ours(count, sms), stream)
+        return _row(case, measured, count * self.bytes, "cuBLAS", reference, floor)
 
     def ours(self, count: int, sms: int) -> Call:
         calls = [
-            _call(self.bench, self.kernels.product(n, k, count, sms=sms), w)
+            _call(self.bench, self.kernels.product(n, k, count, sms=sms, output=self.output), w, self.empty(count, n))
             for (n, k), w in zip(self.shapes, self.weights, strict=True)
         ]
         return functools.partial(_all, calls)
 
     def cublas(self, count: int) -> Call:
-        import cupy
-
         return functools.partial(
             _all,
             [
-                cublas.gemm(self.bench.normal(count, k), w, cupy.empty((count, n), cupy.uint16))
+                cublas.gemm(self.bench.normal(count, k), w, self.empty(count, n))
                 for (n, k), w in zip(self.shapes, self.weights, strict=True)
             ],
         )
+
+    def empty(self, rows: int, columns: int) -> Any:
+        import cupy
+
+        return cupy.empty((rows, columns), cupy.float32 if self.output == "float32" else cupy.uint16)
+
+
+def _both(reference: Call, ours: Call, on: int | None = None) -> tuple[Measurement, Measurement]:
+    before = measure([reference], on=on)
+    measured = measure([ours], on=on)
+    after = measure([reference], warm=AGAIN_SECONDS, on=on)
+    mean = Measurement((before.seconds + after.seconds) / 2, (before.joules + after.joules) / 2)
+    return mean, measured
+
+
+def _row(case: str, measured: Measurement, work: float, name: str, reference: Measurement, floor: float | None) -> Row:
+    beside = ((f"{name} in joules", reference.joules / measured.joules),)
+    return Row("gemm", case, measured, work, "FLOP", name, reference.seconds / measured.seconds, floor, beside)
 
 
 def _all(calls: list[Call], stream: int) -> None:
@@ -83,11 +106,12 @@ def _all(calls: list[Call], stream: int) -> None:
         call(stream)
 
 
-def _call(bench: Bench, product: Gemm, w: Any) -> Call:
+def _call(bench: Bench, product: Gemm, w: Any, y: Any, extra: Any = None) -> Call:
+    """A call of ``product`` on random rows; ``extra`` None is y, a residual that is updated in place."""
     import cupy
 
     x = bench.normal(product.capacity, product.k)
-    y, extra = (bench.normal(product.capacity, product.n) for _ in range(2))
+    extra = y if extra is None else extra
     count = cupy.array([product.capacity], cupy.int32)
     pointers = {"x": x.data.ptr, "w": w.data.ptr, "y": y.data.ptr, "rows": count.data.ptr, "extra": extra.data.ptr}
 
@@ -109,10 +133,10 @@ def _epilogue(bench: Bench, name: str, shape: Shape, epilogue: Epilogue, count: 
     n, k = shape
     kernels = GemmKernels(bench.artifacts(sources()))
     w = bench.normal(n, k, scale=k**-0.5)
+    y, bias = bench.normal(count, n), bench.normal(n)
     fused = kernels.product(n, k, count, sms=bench.sms, epilogue=epilogue)
     plain = kernels.product(n, k, count, sms=bench.sms)
-    reference = measure([_call(bench, plain, w)])
-    measured = measure([_call(bench, fused, w)])
-    score = reference.seconds / measured.seconds
+    extra = bias if epilogue == "bias" else None
+    reference, measured = _both(_call(bench, plain, w, y), _call(bench, fused, w, y, extra))
     case = f"llama-3-8b {name}, {count} rows, {epilogue}"
-    return Row("gemm", case, measured, 2 * count * n * k, "FLOP", "the plain product", score, 1 / 1.02)
+    return _row(case, measured, 2 * count * n * k, "the plain product", reference, 1 / 1.02)

@@ -185,7 +185,9 @@ def test_captured_once_it_serves_any_number_of_rows(kernels: GemmKernels, capaci
 def test_each_kernel_waits_for_the_one_before(kernels: GemmKernels, rows: int) -> None:
     """A chain in which every product reads the last one's output, launched without a pause."""
     width, links = 1024, 24
-    weights = [torch.linalg.qr(torch.randn(width, width, device="cuda"))[0].bfloat16() for _ in range(links)]
+    # Orthogonal, so that values keep their size; row-major, which the factors of torch's QR are not.
+    factors = [torch.linalg.qr(torch.randn(width, width, device="cuda"))[0] for _ in range(links)]
+    weights = [factor.contiguous().bfloat16() for factor in factors]
     gemm = kernels.product(width, width, rows, sms=132)
     count = torch.full((1,), rows, dtype=torch.int32, device="cuda")
     start = normal(rows, width)

@@ -1,0 +1,131 @@
+"""Choose GEMM configurations for few rows by the time of a whole layer.
+
+With so few rows a product lasts some 10 µs, and what it costs depends on how the next one's first reads overlap with
+its end.
+
+    python scripts/tune_gemm_layer.py compile --bundle DIR                   # anywhere
+    python scripts/tune_gemm_layer.py measure --bundle DIR --out a.json      # on the GPU, needs cupy
+
+Starts from the best configuration for all products alike, then tries the others for one product after the other and
+keeps what is faster. The record goes to ``tune_gemm.py reduce``; its seconds are those of the layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nf.bench import cublas
+from nf.bench.gemm_cases import MODELS
+from nf.bench.measure import Call, measure
+from nf.kernels.compile import compile_kernels, load_bundle
+from nf.kernels.gemm import GemmChoice, GemmConfig, GemmKernels
+
+ROWS = (16, 32, 64)
+SMS = 132
+WARM_SECONDS, RUN_SECONDS = 0.12, 0.2  # of each timing
+ORDER = ("gate_up", "down", "qkv", "o")  # the longest first
+
+Choices = dict[str, GemmConfig]  # of each product of a layer
+
+
+def candidates(rows: int) -> list[GemmConfig]:
+    found = [GemmConfig(64, rows, split=split, swap=True) for split in (1, 2)]
+    found += [GemmConfig(64, rows, 2, split=split, swap=True) for split in (1, 2, 4) if rows // split > 4]
+    found += [GemmConfig(128, rows, split=2, swap=True)]
+    return found + ([GemmConfig(64, rows, split=4, swap=True)] if rows > 16 else [])
+
+
+class Layer:
+    """The products of a layer with weights of their own, together larger than L2, for so many rows."""
+
+    def __init__(self, kernels: GemmKernels, model: str, weights: dict[str, Any], rows: int) -> None:
+        import cupy
+
+        self.shapes, self.weights, self.rows, self._kernels = MODELS[model], weights, rows, kernels
+        self.x = {name: normal(rows, k) for name, (_, k) in self.shapes.items()}
+        self.y = {name: cupy.empty((rows, n), cupy.uint16) for name, (n, _) in self.shapes.items()}
+        self.count = cupy.array([rows], cupy.int32)
+
+    def seconds(self, choices: Choices) -> float:
+        return self._measured([self._product(name, choices[name]) for name in self.shapes])
+
+    def cublas(self) -> float:
+        return self._measured([cublas.gemm(self.x[name], self.weights[name], self.y[name]) for name in self.shapes])
+
+    @functools.cache  # noqa: B019 — both live as long as the process
+    def _product(self, name: str, config: GemmConfig) -> Call:
+        gemm = self._kernels.product(*self.shapes[name], self.rows, sms=SMS, choice=GemmChoice(config))
+        x, w, y = (array[name].data.ptr for array in (self.x, self.weights, self.y))
+        return lambda stream: gemm(x=x, w=w, y=y, rows=self.count.data.ptr, stream=stream)
+
+    @staticmethod
+    def _measured(calls: list[Call]) -> float:
+        def layer(stream: int) -> None:
+            for call in calls:
+                call(stream)
+
+        return measure([layer], warm=WARM_SECONDS, run=RUN_SECONDS).seconds
+
+
+def descend(layer: Layer, model: str) -> Iterator[dict[str, Any]]:
+    """A point per product: the layer's seconds with each candidate for it, the others at the best known then."""
+    reference = layer.cublas()
+    configs = candidates(layer.rows)
+    alike = sorted((layer.seconds(dict.fromkeys(layer.shapes, config)), config) for config in configs)
+    best, choices = alike[0][0], dict.fromkeys(layer.shapes, alike[0][1])
+    for name in ORDER:
+        times = {choices[name]: best}
+        for config in configs:
+            if config not in times:
+                times[config] = layer.seconds({**choices, name: config})
+        choices[name] = min(times, key=lambda config: times[config])
+        best = times[choices[name]]
+        n, k = layer.shapes[name]
+        yield {
+            "model": model, "name": name, "n": n, "k": k, "sms": SMS, "rows": layer.rows, "cublas": reference,
+            "times": [[config.label, 8, seconds] for config, seconds in times.items()],
+        }  # fmt: skip
+    labels = " ".join(f"{name} {config.label}" for name, config in choices.items())
+    print(f"{model}, {layer.rows} rows: {best * 1e6:.1f} µs, cuBLAS {reference * 1e6:.1f} µs; {labels}", flush=True)
+
+
+def normal(rows: int, columns: int) -> Any:
+    """Normal random bf16 numbers."""
+    import cupy
+
+    bits = cupy.random.standard_normal((rows, columns), dtype=cupy.float32).view(cupy.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(cupy.uint16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("compile", "measure"))
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    sources = [config.source("none") for rows in args.rows for config in candidates(rows)]
+    if args.command == "compile":
+        compile_kernels(sources, "sm_90a", folder=args.bundle)
+        return
+    from nf.bench.kernels import environment
+
+    note = "seconds of a whole layer"
+    record: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), **environment(), "note": note, "points": []}
+    kernels = GemmKernels(load_bundle(sources, "sm_90a", args.bundle))
+    for model in args.models:
+        weights = {name: normal(n, k) for name, (n, k) in MODELS[model].items()}
+        for rows in args.rows:
+            record["points"] += descend(Layer(kernels, model, weights, rows), model)
+            args.out.write_text(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
