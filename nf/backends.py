@@ -112,7 +112,7 @@ class GpuBackend:
         CudaError: there is none.
     """
 
-    max_num_seqs = 1024
+    max_num_seqs = 2048
 
     def __init__(self) -> None:
         from nf.kernels.device import Device

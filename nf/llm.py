@@ -183,7 +183,7 @@ class LLM:
             the GPU has bfloat16 alone.
         seed: keys the sampling of requests that name no seed, by their running number.
         max_model_len: most tokens of prompt and output together; None takes what the model allows.
-        max_num_seqs: most sequences that run at once; None: 256 on the CPU, 1024 on the GPU, if the dense batch has
+        max_num_seqs: most sequences that run at once; None: 256 on the CPU, 2048 on the GPU, if the dense batch has
             as many rows.
         max_num_batched_tokens: size of the dense batch, tokens per step.
         page_size: tokens per page of the KV cache; 16, 32 or 64 on the GPU.

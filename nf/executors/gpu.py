@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from nf.errors import EngineError, ModelError
 from nf.executors.base import StepHandle
 from nf.executors.gpu_buffers import Sizes, buffer_layout
-from nf.executors.gpu_layers import OPERATIONS, LayerKernels, Layers
+from nf.executors.gpu_kernels import LayerKernels
+from nf.executors.gpu_layers import OPERATIONS, Layers
 from nf.executors.gpu_memory import step_memory
 from nf.executors.gpu_outputs import PendingResult
 from nf.executors.gpu_pages import KvPages

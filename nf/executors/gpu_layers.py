@@ -7,79 +7,15 @@ serve every step. Queries are rotated in place, in the qkv buffer; residuals are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from nf.executors.gpu_buffers import (
-    BF16,
-    COUNT_STRIDE,
-    Buffers,
-    Range,
-    Sizes,
-    decode_shape,
-    moe_ranges,
-    moe_shape,
-    ranges_of,
-)
-from nf.executors.gpu_inputs import StepInputs
-from nf.executors.gpu_outputs import StepOutputs
-from nf.executors.gpu_weights import DeviceWeights
+from nf.executors.gpu_buffers import BF16, COUNT_STRIDE, Range, Sizes, moe_ranges, moe_shape, ranges_of
+from nf.executors.gpu_kernels import LayerKernels
+from nf.executors.gpu_memory import Memory
 from nf.graphs.partition import Lane
 from nf.graphs.plan import LayerStep, PipelinePlan
-from nf.kernels.compile import Artifact
-from nf.kernels.copies import PageCopy, RowForks
-from nf.kernels.decode_attention import DecodeAttention
-from nf.kernels.gather import Embed
-from nf.kernels.gemm import Epilogue, Gemm, GemmChoice, GemmKernels, Output, choose
-from nf.kernels.moe import TILE_ROWS, Moe
-from nf.kernels.norm import RmsNorm
-from nf.kernels.prefill_attention import PrefillAttention
-from nf.kernels.rope_append import KvRows, RopeAppend, RopeShape
-from nf.kernels.sampling import PromptLogprobs, Sampler
+from nf.kernels.gemm import Epilogue, Gemm, GemmChoice, Output, choose
+from nf.kernels.moe import TILE_ROWS
 from nf.models.declaration import Model
-
-
-class LayerKernels:
-    """The kernels of one model, loaded once and shared by all graphs."""
-
-    def __init__(self, artifacts: Sequence[Artifact], model: Model, sizes: Sizes, *, page_bytes: int, sms: int) -> None:
-        config = model.config
-        heads = (config.num_heads, config.num_kv_heads, config.head_dim, sizes.page_size)
-        rope = RopeShape(*heads, qk_norm=config.qk_norm, eps=config.rms_norm_eps)
-        self.gemm = GemmKernels(artifacts)
-        self.norm = RmsNorm(artifacts, config.hidden_size, config.rms_norm_eps)
-        self.gather_norm = RmsNorm(artifacts, config.hidden_size, config.rms_norm_eps, "gather")
-        self.embed = Embed(artifacts, config.hidden_size, sizes.tokens_stride)
-        self.forks = RowForks(artifacts, sizes.tokens_stride)
-        self.kv_rows = KvRows(artifacts, sizes.page_size)
-        self.rope_append = RopeAppend(artifacts, rope)
-        self.decode_attention = DecodeAttention(artifacts, decode_shape(config, sizes.page_size), sms=sms)
-        self.prefill_attention = PrefillAttention(
-            artifacts,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            page_size=sizes.page_size,
-            window=config.sliding_window,
-        )
-        self.moe = Moe(artifacts, moe_shape(config)) if config.num_experts else None
-        self.sampler = Sampler(
-            artifacts, "fp32", vocab_size=config.vocab_size, tokens_stride=sizes.tokens_stride, sms=sms
-        )
-        self.prompt_logprobs = PromptLogprobs(artifacts, "fp32", vocab_size=config.vocab_size)
-        self.page_copy = PageCopy(artifacts, layers=config.num_layers, page_bytes=page_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Where everything lies on the device."""
-
-    weights: DeviceWeights
-    buffers: Buffers
-    inputs: StepInputs
-    outputs: StepOutputs
-    kv: int  # page 0 of layer 0
-    kv_layer_bytes: int  # from a layer's page 0 to the next layer's
-    sampler_workspace: int
 
 
 class Layers:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 
 from nf.config import ModelConfig
 from nf.executors.gpu_buffers import Buffers, Sizes, buffer_layout
 from nf.executors.gpu_inputs import StepInputs
-from nf.executors.gpu_layers import LayerKernels, Memory
+from nf.executors.gpu_kernels import LayerKernels
 from nf.executors.gpu_outputs import StepOutputs
 from nf.executors.gpu_pages import KvPages
 from nf.executors.gpu_weights import DeviceWeights
@@ -18,6 +19,19 @@ from nf.executors.rope import rotary_table
 from nf.graphs.plan import PipelinePlan
 from nf.kernels.device import DeviceMemory
 from nf.kernels.rope_append import rotary_pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Where everything lies on the device."""
+
+    weights: DeviceWeights
+    buffers: Buffers
+    inputs: StepInputs
+    outputs: StepOutputs
+    kv: int  # page 0 of layer 0
+    kv_layer_bytes: int  # from a layer's page 0 to the next layer's
+    sampler_workspace: int
 
 
 def step_memory(

@@ -18,7 +18,8 @@ from nf.bench.power import PowerMeter
 from nf.bench.steady_step import step_batch
 from nf.config import ModelConfig
 from nf.executors.gpu_buffers import Sizes, buffer_layout
-from nf.executors.gpu_layers import LayerKernels, Layers
+from nf.executors.gpu_kernels import LayerKernels
+from nf.executors.gpu_layers import Layers
 from nf.executors.gpu_memory import step_memory
 from nf.executors.gpu_pages import KvPages, page_bytes
 from nf.executors.gpu_weights import random_device_weights

@@ -156,11 +156,11 @@ def the_gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 def test_the_gpu_gets_its_own_defaults_and_sizes(the_gpu: Gpu, small_shape: str) -> None:
     loaded = load(small_shape, random_weights=True, seed=5)
     config = loaded.config
-    assert (config.device, config.dtype, config.max_num_seqs, config.page_size) == ("cuda", "bfloat16", 1024, 16)
-    assert config.num_pages == 1024 * 256 // 16  # 2 · 2 layers · 2 heads · 64 · 2 bytes · 16 tokens: all fit
+    assert (config.device, config.dtype, config.max_num_seqs, config.page_size) == ("cuda", "bfloat16", 2048, 16)
+    assert config.num_pages == 2048 * 256 // 16  # 2 · 2 layers · 2 heads · 64 · 2 bytes · 16 tokens: all fit
     assert config.num_host_pages == 0
     executor: Any = loaded.executor
-    assert (executor.num_pages, executor.max_num_seqs, executor.max_model_len) == (config.num_pages, 1024, 256)
+    assert (executor.num_pages, executor.max_num_seqs, executor.max_model_len) == (config.num_pages, 2048, 256)
     assert the_gpu.calls == [5]
     assert set(loaded.startup) == {"text", "device", "weights", "kernels", "capture"}
     assert loaded.device_reason == "a GPU is there"
