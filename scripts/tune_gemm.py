@@ -219,13 +219,16 @@ def _normal(rows: int, columns: int) -> Any:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(cupy.uint16)
 
 
-def reduce(files: list[Path]) -> dict[str, Any]:
+def reduce(files: list[Path], only: set[str] | None = None) -> dict[str, Any]:
     """Cover all points with few configurations: repeatedly the one that serves most of the points left within the
-    tolerance, then for every point the fastest of those chosen."""
+    tolerance, then for every point the fastest of those chosen. ``only`` names those there are to choose from."""
     records = [json.loads(file.read_text()) for file in files]
     # Of a point measured twice, the first file named counts.
     unique = {_key(point): point for record in reversed(records) for point in record["points"]}
-    points = sorted(unique.values(), key=lambda p: (p["model"], p["sms"], p["name"], p["rows"]))
+    for point in unique.values():
+        point["times"] = [time for time in point["times"] if only is None or time[0] in only]
+    with_times = (point for point in unique.values() if point["times"])
+    points = sorted(with_times, key=lambda p: (p["model"], p["sms"], p["name"], p["rows"]))
     fits = [_fit(point) for point in points]
     chosen: set[str] = set()
     left = list(range(len(points)))
@@ -272,7 +275,9 @@ def main() -> None:
             command.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
             command.add_argument("--also", nargs="*", default=[], help="configurations to try at every point")
             command.add_argument("--out", type=Path, required=True)
-    commands.add_parser("reduce").add_argument("files", nargs="+", type=Path)
+    reducing = commands.add_parser("reduce")
+    reducing.add_argument("files", nargs="+", type=Path)
+    reducing.add_argument("--only", nargs="+", metavar="LABEL", help="choose among these, e.g. those that passed tests")
     args = parser.parse_args()
     if args.command == "compile":
         for artifact in compile_kernels(_sources(_configs(args), args.names), "sm_90a", folder=args.bundle):
@@ -280,7 +285,7 @@ def main() -> None:
     elif args.command == "measure":
         measure(args)
     else:
-        table = reduce(args.files)
+        table = reduce(args.files, set(args.only) if args.only else None)
         lines = ",\n".join(f"  {json.dumps(entry)}" for entry in table["entries"])
         TABLE.write_text(f'{{"measured": {json.dumps(table["measured"])},\n "entries": [\n{lines}\n ]}}\n')
         print(f"{len(table['entries'])} points, {len({e['config'] for e in table['entries']})} configurations")
