@@ -9,12 +9,14 @@ seconds(j)·τ (Hanen, Study of a NP-hard cyclic scheduling problem, 1994).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from itertools import combinations
 
 from nf.planning.integer_program import IntegerProgram
 from nf.planning.nano_layer import NanoLayer
-from nf.planning.rounds import Rounds, critical_circle
+from nf.planning.rounds import Rounds, critical_circle, least_heights
 
 MAX_START = 6  # periods; a layer's tasks spread over no more rounds than that
 ROUNDING = 1e-6  # periods
@@ -77,27 +79,36 @@ def _constrain(
     """Add the tasks; returns the variables of their starts, and of K per pair (i, j) of a lane."""
     length = [seconds / unit for seconds in layer.seconds]
     starts = [program.variable(0.0, MAX_START) for _ in layer.tasks]
-    for after, waits in enumerate(layer.dependencies):
-        for before, gap in waits:
-            apart = {starts[after]: 1.0, starts[before]: -1.0} if after != before else {}
-            program.at_least(apart | {pace: -length[before]}, -gap)
     heights: dict[tuple[int, int], int] = {}
+    dependencies = [(before, after, gap) for after, waits in enumerate(layer.dependencies) for before, gap in waits]
+    gaps = least_heights(len(starts), dependencies, MAX_START + 1)
+    for before, after, gap in dependencies:
+        apart = {starts[after]: 1.0, starts[before]: -1.0} if after != before else {}
+        program.at_least(apart | {pace: -length[before]}, -gap)
     for tasks in layer.lanes.values():
         for i, j in combinations(tasks, 2):
-            height = heights[i, j] = program.variable(-MAX_START, MAX_START, integer=True)
+            # What the dependencies say of i and j already bounds K.
+            low = max(-MAX_START, 1 - gaps[j][i])
+            height = heights[i, j] = program.variable(low, min(MAX_START, gaps[i][j]), integer=True)
             program.at_least({starts[j]: 1.0, starts[i]: -1.0, height: 1.0, pace: -length[i]}, 0.0)
             program.at_least({starts[i]: 1.0, starts[j]: -1.0, height: -1.0, pace: -length[j]}, -1.0)
     return starts, heights
 
 
-def order_from_starts(layer: NanoLayer, starts: list[float], heights: dict[tuple[int, int], int]) -> Rounds:
+def order_from_starts(layer: NanoLayer, starts: Sequence[float], heights: Mapping[tuple[int, int], int]) -> Rounds:
     """The order that starts (in periods) and K per pair of a lane stand for.
 
-    Whole periods of a start are the lag; i comes before j in a round if K, counted in rounds, is 0.
+    Whole periods of a start are the lag; i comes before j in a round if K, counted in rounds, is 0. Of two tasks that
+    take no time K says nothing: they follow the dependencies.
     """
     lags = tuple(math.floor(start + ROUNDING) for start in starts)
-    before = [0] * len(starts)  # tasks of the lane
+    before: dict[int, set[int]] = {i: set() for i in sorted(range(len(starts)), key=lambda i: starts[i] - lags[i])}
     for (i, j), height in heights.items():
-        before[j if lags[j] - lags[i] + height <= 0 else i] += 1
-    order = {lane: tuple(sorted(tasks, key=lambda i: before[i])) for lane, tasks in layer.lanes.items()}
+        if layer.seconds[i] or layer.seconds[j]:
+            first, second = (i, j) if lags[j] - lags[i] + height <= 0 else (j, i)
+            before[second].add(first)
+    for j, waits in enumerate(layer.dependencies):
+        before[j].update(i for i, gap in waits if lags[j] - lags[i] + gap <= 0 and i != j)
+    place = {i: at for at, i in enumerate(TopologicalSorter(before).static_order())}
+    order = {lane: tuple(sorted(tasks, key=place.__getitem__)) for lane, tasks in layer.lanes.items()}
     return Rounds(layer, order, lags)

@@ -160,6 +160,26 @@ def _ends(values: Sequence[int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """What a profile lacks, and how many points it has of what was wanted."""
+
+    solos: tuple[SoloKey, ...]
+    pairs: tuple[PairKey, ...]
+    known: int
+
+    @property
+    def count(self) -> int:
+        return len(self.solos) + len(self.pairs)
+
+
+def missing_points(profile: Profile, operations: Sequence[Operation], extent: Extent) -> Missing:
+    """What is still to be measured."""
+    solos, pairs = wanted_solos(operations, extent), wanted_pairs(operations, extent)
+    left = tuple(profile.missing(solos)), tuple(pair for pair in pairs if pair not in profile.co_runs)
+    return Missing(*left, len(solos) + len(pairs) - len(left[0]) - len(left[1]))
+
+
+@dataclass(frozen=True, slots=True)
 class Filled:
     """What a run did: points measured, points that were there before, points that time did not suffice for."""
 
@@ -185,13 +205,10 @@ def fill(
         seconds: after which no further point is begun.
         progress: called with a few words after every point.
     """
-    solos, pairs = wanted_solos(operations, extent), wanted_pairs(operations, extent)
-    missing_solos = profile.missing(solos)
-    missing_pairs = [pair for pair in pairs if pair not in profile.co_runs]
-    known = len(solos) + len(pairs) - len(missing_solos) - len(missing_pairs)
+    missing = missing_points(profile, operations, extent)
     deadline, saved, measured = monotonic() + seconds, monotonic(), 0
     try:
-        for point in chain[SoloKey | PairKey](missing_solos, missing_pairs):
+        for point in chain[SoloKey | PairKey](missing.solos, missing.pairs):
             if monotonic() >= deadline:
                 break
             profile.add(_measure(bench, point))
@@ -203,7 +220,7 @@ def fill(
     finally:
         if measured:
             save(profile)
-    return Filled(measured, known, len(missing_solos) + len(missing_pairs) - measured)
+    return Filled(measured, missing.known, missing.count - measured)
 
 
 def _measure(bench: Bench, point: SoloKey | PairKey) -> Solo | CoRun:

@@ -9,7 +9,7 @@ and Quadrat, Synchronization and Linearity, 1992, chapter 2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -151,3 +151,16 @@ def _late_circle(seconds: Sequence[float], edges: Sequence[Edge], period: float)
         circle.append(came_by[at])
         at = edges[came_by[at]][0]
     return circle
+
+
+def least_heights(count: int, edges: Iterable[Edge], limit: int) -> list[list[int]]:
+    """Per pair of tasks, the least height of a way from one to the other; ``limit`` where there is none as low."""
+    least = [[limit] * count for _ in range(count)]
+    for before, after, height in edges:
+        least[before][after] = min(least[before][after], height)
+    for via in range(count):  # Floyd and Warshall
+        onward = least[via]
+        for row in least:
+            if (first := row[via]) < limit:
+                row[:] = [min(direct, first + second) for direct, second in zip(row, onward, strict=True)]
+    return least

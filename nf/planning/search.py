@@ -155,7 +155,20 @@ def candidates(
                 kinds.setdefault(candidate.plan, candidate.arrangement)
     for plan in more:
         kinds.setdefault(plan, "given")
-    return [Candidate(plan, kind, _predictions(plan, model, profile, loads)) for plan, kind in kinds.items()]
+    return [
+        Candidate(plan, kind, _predictions(plan, model, profile, loads))
+        for plan, kind in zip(_named_apart(list(kinds)), kinds.values(), strict=True)
+    ]
+
+
+def _named_apart(plans: Sequence[PipelinePlan]) -> list[PipelinePlan]:
+    """The plans, with a number behind a name that another one has."""
+    seen: dict[str, int] = {}
+    found = []
+    for plan in plans:
+        seen[plan.name] = seen.get(plan.name, 0) + 1
+        found.append(plan if seen[plan.name] == 1 else replace(plan, name=f"{plan.name} ({seen[plan.name]})"))
+    return found
 
 
 def _predictions(
@@ -233,8 +246,8 @@ def record(found: Search, head: Mapping[str, Any]) -> dict[str, Any]:
         **head,
         "dense_batch_size": found.loads[0].dense_batch_size,
         "loads": loads,
-        "chosen": found.best.candidate.plan.name,
-        "speed_up": 1 / found.best.ratio(found.sequential),
+        "chosen": found.best.candidate.plan.name if found.best.measured else None,
+        "speed_up": 1 / found.best.ratio(found.sequential) if found.best.measured else None,
         "median_prediction_error": _number(found.median_error),
         "plans": [_plan_record(result, found) for result in found.results],
     }
@@ -242,7 +255,7 @@ def record(found: Search, head: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plan_record(result: Result, found: Search) -> dict[str, Any]:
     candidate = result.candidate
-    nothing: tuple[None, ...] = (None,) * len(found.loads)
+    nothing = (None,) * len(found.loads)
     tokens = found.loads[0].dense_batch_size
     return {
         "name": candidate.plan.name,
@@ -257,10 +270,10 @@ def _plan_record(result: Result, found: Search) -> dict[str, Any]:
                 "measured_j": None if m is None else _number(m.joules),
                 "tokens_per_s": None if m is None else tokens / m.seconds,
                 "prediction_error": None if p is None or m is None else p.seconds / m.seconds - 1,
-                "speed_up": None if m is None else base.seconds / m.seconds,
+                "speed_up": None if m is None or base is None else base.seconds / m.seconds,
             }
             for p, m, base in zip(
-                candidate.predicted, result.measured or nothing, found.sequential.measured, strict=True
+                candidate.predicted, result.measured or nothing, found.sequential.measured or nothing, strict=True
             )
         ],
     }

@@ -20,7 +20,7 @@ from nf.planning.integer_program import IntegerProgram
 from nf.planning.interference import Curve
 from nf.planning.nano_layer import COMPUTE, Task
 from nf.planning.order import order_from_starts
-from nf.planning.rounds import Rounds, critical_circle
+from nf.planning.rounds import Rounds, critical_circle, least_heights
 
 MAX_START = 6  # periods
 TENTHS = tuple(r / 10 for r in range(1, 11))
@@ -130,6 +130,8 @@ class _ShareProgram:
         ]
         self.heights: dict[tuple[int, int], int] = {}  # tasks of a lane → K, as in order.py, if the order is free
         self.pairs: dict[tuple[int, int], tuple[int, int]] = {}  # tasks of two lanes → (may overlap, K)
+        known = rounds.waits if reorder else rounds.edges
+        self.least = least_heights(len(self.tasks), known, MAX_START + 1)  # what is known of K beforehand
         self._choose_one()
         self._keep_order()
         self._limit_resources()
@@ -150,8 +152,13 @@ class _ShareProgram:
         if self.reorder:
             for tasks in self.rounds.order.values():
                 for i, j in combinations(tasks, 2):
-                    height = self.heights[i, j] = self.program.variable(-MAX_START, MAX_START, integer=True)
+                    height = self.heights[i, j] = self._height(i, j)
                     self._clear(i, j, height)
+
+    def _height(self, i: int, j: int) -> int:
+        """A new variable K, as in order.py."""
+        low, high = max(-MAX_START, 1 - self.least[j][i]), min(MAX_START, self.least[i][j])
+        return self.program.variable(low, high, integer=True)
 
     def _clear(self, i: int, j: int, height: int, overlap: int | None = None) -> None:
         """Task j runs after i and before the i of the next round, K rounds apart, unless they may overlap."""
@@ -184,10 +191,9 @@ class _ShareProgram:
         program = self.program
         for one, other in combinations(lanes, 2):
             for i, j in product(one, other):
-                overlap, height = (
-                    program.variable(0, 1, integer=True),
-                    program.variable(-MAX_START, MAX_START, integer=True),
-                )
+                apart = self.least[i][j] + self.least[j][i] == 1  # the order keeps them so
+                overlap = program.variable(0, 0 if apart else 1, integer=True)
+                height = self._height(i, j)
                 self.pairs[i, j] = overlap, height
                 self._clear(i, j, height, overlap)
                 program.at_least(self._used(i, j) | {overlap: -1.0}, -2.0)
@@ -280,7 +286,7 @@ class _ShareProgram:
             apart = times[j] - times[i]
             clear = math.ceil(lengths[i] - apart - 1e-9)
             values[overlap] = float(clear > 1 - lengths[j] - apart + 1e-9)
-            values[height] = clear - values[overlap]
+            values[height] = max(clear - values[overlap], self.program.lower[height])
         return values
 
 

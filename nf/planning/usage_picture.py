@@ -72,7 +72,7 @@ def _covered(start: float, duration: float, micros: float) -> NDArray[np.float64
     """Share of each bin that lies in [start, start + duration)."""
     edges = np.linspace(0, micros, _BINS + 1)
     overlap = np.minimum(edges[1:], start + duration) - np.maximum(edges[:-1], start)
-    return np.maximum(overlap, 0) / (micros / _BINS)
+    return np.asarray(np.maximum(overlap, 0) / (micros / _BINS), np.float64)
 
 
 def usage_picture(steps: Sequence[Traced], title: str) -> str:
