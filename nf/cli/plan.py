@@ -1,15 +1,16 @@
-"""``nf plan``: estimate what a model costs, look at a pipeline plan, and check one."""
+"""``nf plan``: look at a pipeline plan, check one, find the fastest; estimate what a model costs."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nf.cli import estimate
+from nf.cli import estimate, plan_profile, plan_search
 from nf.cli.parser import add_common_options
 
 if TYPE_CHECKING:  # the commands import what they need when they run
     from nf.graphs.plan import PipelinePlan
+    from nf.models.declaration import Model
     from nf.models.operations import Operation
 
 _DESCRIPTION = """\
@@ -23,6 +24,7 @@ examples:
   nf plan show nano-batch --layers 3            every round of a model with three layers
   nf plan show nano-batch --json > mine.json    a plan to start from
   nf plan validate mine.json --gpu-sms 132
+  nf plan search llama-3-8b --quick             the fastest plan on this GPU, measured and kept
   nf plan estimate llama-3-8b --gpu h200        what bounds a model on a machine
 """
 
@@ -30,13 +32,14 @@ _SHOW_EXAMPLES = """\
 examples:
   nf plan show sequential --model ./mixtral
   nf plan show nano-batch --dense-batch-size 512 --layers 2
+  nf plan show mine.json --model llama-3-8b --profile h200.json --plot mine.svg
 """
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add ``plan`` with its commands ``show``, ``validate`` and ``estimate``."""
+    """Add ``plan`` with its commands."""
     parser = subparsers.add_parser(
-        "plan", help="show or check a pipeline plan, estimate a model's cost", description=_DESCRIPTION
+        "plan", help="show, check or search a pipeline plan, estimate a model's cost", description=_DESCRIPTION
     )
     parser.epilog = _EXAMPLES
     commands = parser.add_subparsers(dest="plan_command", metavar="COMMAND", title="commands", required=True)
@@ -50,6 +53,10 @@ def add_parser(subparsers: Any) -> None:
         "--dense-batch-size", type=int, metavar="N", help="tokens per step (default: 2048, or the file's own)"
     )
     show.add_argument("--json", action="store_true", help="print the plan as JSON")
+    show.add_argument("--plot", metavar="FILE", help="draw it as a timeline (SVG)")
+    show.add_argument("--profile", metavar="FILE", help="take the lengths of the drawing from this profile")
+    show.add_argument("--input-len", type=int, default=1024, metavar="N", help="of the drawing's load (default 1024)")
+    show.add_argument("--output-len", type=int, default=512, metavar="N", help="of the drawing's load (default 512)")
     add_common_options(show)
 
     check = commands.add_parser(
@@ -61,6 +68,15 @@ def add_parser(subparsers: Any) -> None:
     _add_model(check)
     check.add_argument("--gpu-sms", type=int, metavar="N", help="SMs the plan's partitions must fit into")
     add_common_options(check)
+
+    for name, module, line in (
+        ("profile", plan_profile, "measure a model's nano-operations on this GPU"),
+        ("search", plan_search, "find the fastest plan on this GPU"),
+    ):
+        command = commands.add_parser(name, help=line, description=module.DESCRIPTION)
+        command.epilog = module.EXAMPLES
+        module.add_arguments(command)
+        add_common_options(command)
 
     cost = commands.add_parser("estimate", help="say what a model costs on a machine", description=estimate.DESCRIPTION)
     cost.epilog = estimate.EXAMPLES
@@ -74,7 +90,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``nf plan …``; a plan that is not valid is a PlanError."""
-    run_command = {"show": _show, "validate": _validate, "estimate": estimate.run}[args.plan_command]
+    run_command = {
+        "show": _show,
+        "validate": _validate,
+        "profile": plan_profile.run,
+        "search": plan_search.run,
+        "estimate": estimate.run,
+    }[args.plan_command]
     return run_command(args)
 
 
@@ -84,10 +106,33 @@ def _show(args: argparse.Namespace) -> int:
 
     if args.layers is not None and not 1 <= args.layers <= 1000:
         raise InputError("--layers", f"must be 1 to 1000, got {args.layers}")
-    operations = _operations(args.model)
+    plan_profile.check_svg(args.plot)
+    model = _model(args.model)
+    operations = model.operations
     plan = _load(args.plan, operations, args.dense_batch_size)
+    if args.plot is not None:
+        _plot(args, plan, model)
     print(plan.to_json() if args.json else timeline(plan, operations, args.layers), end="")
     return 0
+
+
+def _plot(args: argparse.Namespace, plan: PipelinePlan, model: Model) -> None:
+    """Lengths are a profile's, or all the same."""
+    from pathlib import Path
+
+    from nf.planning.plan_picture import SecondsOf, plan_picture, profiled_lengths, unit_lengths
+
+    lengths: SecondsOf = unit_lengths
+    if args.profile is not None:
+        from nf.graphs.plan_store import shape_name
+        from nf.planning.loads import loads
+        from nf.planning.predict import batch_shape
+        from nf.planning.profile_store import read_profile
+
+        profile = read_profile(Path(args.profile), shape_name(model.config))
+        (load,) = loads(plan.dense_batch_size, args.input_len, args.output_len)
+        lengths = profiled_lengths(profile, plan, batch_shape(load))
+    Path(args.plot).write_text(plan_picture(plan, model.operations, lengths, args.layers), encoding="utf-8")
 
 
 def _validate(args: argparse.Namespace) -> int:
@@ -95,7 +140,7 @@ def _validate(args: argparse.Namespace) -> int:
 
     if args.gpu_sms is not None and args.gpu_sms < 1:
         raise InputError("--gpu-sms", f"must be at least 1, got {args.gpu_sms}")
-    plan = _load(args.file, _operations(args.model), None, gpu_sms=args.gpu_sms)
+    plan = _load(args.file, _model(args.model).operations, None, gpu_sms=args.gpu_sms)
     count = sum(len(stream.nano_operations) for stream in plan.streams)
     print(
         f'valid: plan "{plan.name}" runs {count} nano-operations per layer on {len(plan.streams)} stream(s), '
@@ -116,9 +161,9 @@ def _load(
     return load_plan(name, operations, dense_batch_size, gpu_sms=gpu_sms)
 
 
-def _operations(model: str | None) -> tuple[Operation, ...]:
-    from nf.hub import BUNDLED_MODEL, resolve_model
-    from nf.models.hf_config import read_config
+def _model(model: str | None) -> Model:
+    from nf.cli.estimate import model_config
+    from nf.hub import BUNDLED_MODEL
     from nf.models.registry import declare
 
-    return declare(read_config(resolve_model(model or BUNDLED_MODEL, config_only=True))).operations
+    return declare(model_config(model or BUNDLED_MODEL))

@@ -1,0 +1,153 @@
+"""``nf plan profile``: measure a model's nano-operations on this machine's GPU, alone and in pairs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nf.kernels.device import Device
+    from nf.models.declaration import Model
+    from nf.planning.profile import Filled
+    from nf.planning.profile_store import Profile
+
+DESCRIPTION = """\
+Measure what every nano-operation of a model takes on this machine's GPU: time and energy alone, over
+batch sizes and numbers of SMs, and how much a GEMM and decode attention slow each other down. What
+was measured before with the same GPU, driver and kernels is kept, so an interrupted run goes on.
+"""
+
+EXAMPLES = """\
+examples:
+  nf plan profile llama-3-8b --quick
+  nf plan profile ./mixtral --dense-batch-size 1024 --plot curves.svg
+  nf plan profile llama-3-8b --profile measured.json --plot curves.svg      draw only, no GPU
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a directory, a hub name, or a shape such as llama-3-8b")
+    parser.add_argument("--dense-batch-size", type=int, default=2048, metavar="N", help="largest step (default 2048)")
+    parser.add_argument("--quick", action="store_true", help="four batch sizes and four partitions, at most 3 minutes")
+    parser.add_argument("--plot", metavar="FILE", help="draw what runs beside a GEMM keeps of its speed (SVG)")
+    parser.add_argument("--profile", metavar="FILE", help="take this profile and measure nothing")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    from nf.cli.estimate import model_config
+    from nf.graphs.plan_store import shape_name
+    from nf.models.registry import declare
+    from nf.planning.profile_store import read_profile
+
+    check_svg(args.plot)
+    model = declare(model_config(args.model))
+    if args.profile is not None:
+        profile = read_profile(Path(args.profile), shape_name(model.config))
+        print(f"{len(profile.solos)} points alone and {len(profile.co_runs)} pairs in {args.profile}")
+    else:
+        device = the_gpu(model)
+        profile, filled, path = measured_profile(
+            model, device, args.dense_batch_size, quick=args.quick, quiet=args.quiet
+        )
+        left = f", {filled.left} left: run it again to go on" if filled.left else ""
+        print(f"{filled.measured} points measured, {filled.known} known before{left}")
+        print(path)
+    if args.plot is not None:
+        from nf.planning.curve_picture import curve_picture, curves_of
+
+        title = f"{args.model} on {profile.key.gpu}: beside a GEMM"
+        Path(args.plot).write_text(curve_picture(curves_of(profile, model.operations), title), encoding="utf-8")
+    return 0
+
+
+def check_svg(file: str | None) -> None:
+    from nf.errors import InputError, shown
+
+    if file is not None and not file.endswith(".svg"):
+        raise InputError("--plot", f"must name a file that ends in .svg, not {shown(file)}")
+
+
+def the_gpu(model: Model) -> Device:
+    """This machine's GPU, if it can run ``model``.
+
+    Raises:
+        InputError: there is none, or it cannot.
+    """
+    from nf.device_choice import choose_device
+
+    choose_device("cuda", model)
+    from nf.kernels.device import Device
+
+    return Device()
+
+
+def profile_folder() -> Path:
+    """Where profiles measured on this machine are kept."""
+    from nf.kernels.compile import cache_dir
+
+    return cache_dir() / "profiles"
+
+
+def measured_profile(
+    model: Model, device: Device, dense_batch_size: int, *, quick: bool, quiet: bool
+) -> tuple[Profile, Filled, Path]:
+    """The profile of ``model`` on ``device``, with what is missing measured now."""
+    from nf.graphs.plan_store import shape_name
+    from nf.planning.gpu_bench import GpuBench, profile_key
+    from nf.planning.profile import (
+        FULL_SECONDS,
+        QUICK_SECONDS,
+        Filled,
+        fill,
+        full_extent,
+        missing_points,
+        quick_extent,
+    )
+    from nf.planning.profile_store import Profile, load_profile, save_profile
+
+    folder, key, name = profile_folder(), profile_key(device), shape_name(model.config)
+    extent = (quick_extent if quick else full_extent)(dense_batch_size, device.sms)
+    profile = load_profile(folder, key, name) or Profile(key, name, device.sms)
+    missing = missing_points(profile, model.operations, extent)
+    path = folder / key.file_name
+    if not missing.count:
+        return profile, Filled(0, missing.known, 0), path
+    bench = GpuBench(model.config, extent, device)
+    try:
+        profile.idle_watts, profile.cap_watts = _known(bench.idle_watts), _known(bench.cap_watts)
+        with _bar(missing.count, quiet) as progress:
+            filled = fill(
+                profile,
+                bench,
+                model.operations,
+                extent,
+                save=lambda profile: save_profile(folder, profile),
+                seconds=QUICK_SECONDS if quick else FULL_SECONDS,
+                progress=progress,
+            )
+    finally:
+        bench.close()
+    return profile, filled, path
+
+
+def _known(value: float) -> float | None:
+    return value if value == value else None
+
+
+@contextmanager
+def _bar(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Points as they are measured, on stderr if that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=" points", dynamic_ncols=True, disable=quiet or not sys.stderr.isatty()) as bar:
+
+        def progress(words: str) -> None:
+            bar.set_postfix_str(words, refresh=False)
+            bar.update()
+
+        yield progress

@@ -1,0 +1,255 @@
+"""``nf plan search``: find the fastest pipeline plan for a model on this machine's GPU, and keep it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nf.cli.plan_profile import check_svg, measured_profile, the_gpu
+
+if TYPE_CHECKING:
+    from nf.bench.steady_step import Load
+    from nf.kernels.device import Device
+    from nf.models.declaration import Model
+    from nf.planning.profile_store import Profile
+    from nf.planning.search import Candidate
+
+DESCRIPTION = """\
+Profile a model's nano-operations, look for the pipelines that should be the fastest (Stages I and II
+of NanoFlow, with power as a further resource), measure these and the sequential plan as whole steps
+at steady state, and keep the fastest: engines take it by themselves from then on. "Do not overlap" is
+among the candidates, and wins where nothing is clearly faster.
+"""
+
+EXAMPLES = """\
+examples:
+  nf plan search llama-3-8b --quick
+  nf plan search ./llama --dense-batch-size 4096 --decode-share 0.1,0.3,0.5,0.7
+  nf plan search llama-3-8b --add mine.json --count 0       measure a plan of your own
+  nf plan search llama-3-8b --profile h200.json --predict-only      no GPU needed
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a directory, a hub name, or a shape such as llama-3-8b")
+    add("--dense-batch-size", type=int, default=2048, metavar="N", help="tokens per step (default 2048)")
+    add("--input-len", type=int, default=1024, metavar="N", help="tokens of a prompt (default 1024)")
+    add("--output-len", type=int, default=512, metavar="N", help="tokens generated (default 512)")
+    add("--decode-share", type=_shares, default=(), metavar="X,…", help="decode tokens of a step, one load per share")
+    add("--count", type=int, default=6, metavar="K", help="plans of Stages I and II to measure (default 6)")
+    add("--seconds", type=float, default=100.0, metavar="S", help="for Stages I and II (default 100)")
+    add("--add", action="append", default=[], metavar="FILE", help="measure this plan too; may be repeated")
+    add("--quick", action="store_true", help="profile in at most 3 minutes")
+    add("--profile", metavar="FILE", help="take this profile and measure no nano-operation")
+    add("--predict-only", action="store_true", help="measure no step; with --profile no GPU is needed")
+    add("--plans-dir", metavar="DIR", help="write the candidates there, as plan files")
+    add("--store", metavar="DIR", help="keep the fastest plan there (default: where engines look for it)")
+    add("--no-store", action="store_true", help="keep nothing")
+    add("--plot", metavar="FILE", help="draw a step's use of the GPU, sequential and chosen plan (SVG)")
+    add("--json", action="store_true", help="as one JSON object")
+    add("-q", "--quiet", action="store_true", help="say nothing on the way")
+
+
+def run(args: argparse.Namespace) -> int:
+    from nf.cli.estimate import model_config
+    from nf.errors import InputError
+    from nf.models.registry import declare
+
+    check_svg(args.plot)
+    if args.count < 0:
+        raise InputError("--count", f"must be at least 0, got {args.count}")
+    if args.predict_only and args.plot is not None:
+        raise InputError("--plot", "needs a step that runs; leave out --predict-only")
+    model = declare(model_config(args.model))
+    needs_gpu = not args.predict_only or args.profile is None
+    device = the_gpu(model) if needs_gpu else None
+    loads = _loads(args, model, device)
+    profile = _profile(args, model, device)
+    wanted = _candidates(args, model, profile, loads, device)
+    if args.plans_dir is not None:
+        _write_plans(Path(args.plans_dir), wanted)
+    if args.predict_only:
+        _print(args, _predicted(args, wanted, loads))
+        return 0
+    assert device is not None
+    return _measure(args, model, device, profile, wanted, loads)
+
+
+def _loads(args: argparse.Namespace, model: Model, device: Device | None) -> list[Load]:
+    """No longer than the GPU's memory allows where there is one."""
+    from nf.planning.loads import loads
+
+    room = None
+    if device is not None:
+        from nf.executors.gpu_weights import layout
+        from nf.planning.gpu_step_bench import SPARE_BYTES
+        from nf.planning.operation_costs import kv_bytes_per_token
+
+        free = 0.92 * device.memory()[1] - layout(model).num_bytes - 2 * SPARE_BYTES
+        room = int(max(1.0, free / kv_bytes_per_token(model.config)))
+    return loads(args.dense_batch_size, args.input_len, args.output_len, args.decode_share, room)
+
+
+def _profile(args: argparse.Namespace, model: Model, device: Device | None) -> Profile | None:
+    from nf.graphs.plan_store import shape_name
+    from nf.planning.profile_store import read_profile
+
+    if args.profile is not None:
+        return read_profile(Path(args.profile), shape_name(model.config))
+    if args.count == 0:
+        return None
+    assert device is not None
+    _say(args, "profiling nano-operations")
+    return measured_profile(model, device, args.dense_batch_size, quick=args.quick, quiet=args.quiet)[0]
+
+
+def _candidates(
+    args: argparse.Namespace, model: Model, profile: Profile | None, loads: list[Load], device: Device | None
+) -> list[Candidate]:
+    from nf.errors import InputError
+    from nf.graphs.plan import load_plan
+    from nf.planning.search import candidates
+
+    sms = device.sms if device is not None else profile.gpu_sms if profile is not None else None
+    if sms is None:
+        raise InputError("--predict-only", "needs a profile to predict from; leave out --count 0")
+    more = [load_plan(file, model.operations, args.dense_batch_size, gpu_sms=sms) for file in args.add]
+    if profile is not None and args.count:
+        _say(args, "Stages I and II")
+    return candidates(model, profile, loads, sms, count=args.count, seconds=args.seconds, more=more)
+
+
+def _write_plans(folder: Path, wanted: list[Candidate]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, candidate in enumerate(wanted):
+        (folder / f"{number:02}.json").write_text(candidate.plan.to_json(), encoding="utf-8")
+
+
+def _measure(
+    args: argparse.Namespace,
+    model: Model,
+    device: Device,
+    profile: Profile | None,
+    wanted: list[Candidate],
+    loads: list[Load],
+) -> int:
+    from nf.planning.gpu_bench import profile_key
+    from nf.planning.gpu_step_bench import GpuStepBench
+    from nf.planning.search import record, search
+
+    bench = GpuStepBench(model, device)
+    found = search(wanted, loads, bench, progress=lambda name: _say(args, f"measuring {name}"))
+    key = profile_key(device)
+    head: dict[str, Any] = {"model": args.model, "gpu": device.name, "driver": key.driver, "kernels": key.kernels}
+    if profile is not None and profile.key != key:
+        head["profile"] = profile.key.file_name
+    result = record(found, head)
+    if not args.no_store:
+        from nf.graphs.plan_store import save_plan
+
+        folder = Path(args.store) if args.store else None
+        result["stored"] = str(save_plan(found.best.candidate.plan, model.config, device.name, result, folder=folder))
+    if args.plot is not None:
+        _say(args, "tracing")
+        _plot(args, model, bench, [found.sequential.candidate, found.best.candidate], wanted, loads[0])
+    _print(args, result)
+    return 0
+
+
+def _plot(
+    args: argparse.Namespace, model: Model, bench: Any, chosen: list[Candidate], wanted: list[Candidate], load: Load
+) -> None:
+    """Fig. 10: the sequential plan and the chosen one; if they are the same, the first that overlaps."""
+    from nf.planning.hardware import accelerator
+    from nf.planning.usage_picture import traced, usage_picture
+
+    before, after = chosen
+    if after is before or after.plan == before.plan:
+        after = next((c for c in wanted if len(c.plan.streams) > 1), before)
+    card = accelerator("auto")
+    steps = [
+        traced(f"{c.plan.name} ({c.kind})", bench.trace(c.plan, load), model, load, card)
+        for c in dict.fromkeys((before, after))
+    ]
+    Path(args.plot).write_text(usage_picture(steps, f"{args.model} on {card.label}"), encoding="utf-8")
+
+
+def _predicted(args: argparse.Namespace, wanted: list[Candidate], loads: list[Load]) -> dict[str, Any]:
+    """Candidates that were not measured, in the form of a search's record."""
+    from nf.planning.search import Result, Search, record
+
+    results = tuple(Result(candidate) for candidate in wanted)
+    return record(Search(tuple(loads), results, results[0]), {"model": args.model})
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    import json
+
+    print(json.dumps(result, indent=1) if args.json else "\n".join(table(result)))
+
+
+def table(result: dict[str, Any]) -> Iterator[str]:
+    """A search's record for people: a table per load, then what was chosen."""
+    where = f" on {result['gpu']}" if "gpu" in result else ", predicted"
+    yield f"{result['model']}{where}, {result['dense_batch_size']:,} tokens per step"
+    width = max(len(plan["name"]) for plan in result["plans"])
+    tokens = result["dense_batch_size"]
+    for number, load in enumerate(result["loads"]):
+        yield ""
+        yield f"{load['input_len']} in, {load['output_len']} out: {load['decode_tokens']:,} decode tokens per step"
+        yield (
+            f"  {'plan':<{width}}{'predicted':>12}{'measured':>12}{'error':>9}{'predicted':>12}{'measured':>11}"
+            f"{'tokens/s':>11}{'mJ/token':>10}{'speed-up':>10}"
+        )
+        for plan in result["plans"]:
+            own = plan["loads"][number]
+            if plan["error"]:
+                yield f"  {plan['name']:<{width}}  {plan['error']}"
+                continue
+            joules = own["measured_j"]
+            cells = (
+                (_number(own["predicted_s"], 1e3, 2, " ms"), 12),
+                (_number(own["measured_s"], 1e3, 2, " ms"), 12),
+                (_number(own["prediction_error"], 100, 1, " %"), 9),
+                (_number(own["predicted_j"], 1, 1, " J"), 12),
+                (_number(joules, 1, 1, " J"), 11),
+                (_number(own["tokens_per_s"], 1, 0, ""), 11),
+                (_number(None if joules is None else joules / tokens, 1e3, 2, ""), 10),
+                (_number(own["speed_up"], 1, 3, ""), 10),
+            )
+            yield f"  {plan['name']:<{width}}" + "".join(f"{text:>{size}}" for text, size in cells)
+    if result["chosen"] is not None:
+        yield ""
+        yield _verdict(result)
+    if "stored" in result:
+        yield f"kept in {result['stored']}"
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    from nf.planning.search import SEQUENTIAL, WORTH
+
+    error = result["median_prediction_error"]
+    told = f"; predictions were off by {100 * error:.1f} % (median)" if error is not None else ""
+    if result["chosen"] == SEQUENTIAL:
+        return f"fastest: sequential; no other plan is faster by more than {100 * WORTH:g} % at every load{told}"
+    return f"fastest: {result['chosen']}, {100 * (result['speed_up'] - 1):.1f} % over sequential{told}"
+
+
+def _number(value: float | None, scale: float, digits: int, unit: str) -> str:
+    return "–" if value is None else f"{value * scale:,.{digits}f}{unit}"
+
+
+def _say(args: argparse.Namespace, words: str) -> None:
+    if not args.quiet:
+        print(f"nf plan search: {words}", file=sys.stderr, flush=True)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes shares such as 0.1,0.3, not {text!r}") from None

@@ -1,0 +1,51 @@
+"""Loads to measure plans under: dense batches that are full, with a given share of decode tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nf.bench.steady_step import Load
+from nf.errors import InputError
+
+SHRINK = 0.9
+
+
+def loads(
+    dense_batch_size: int,
+    input_len: int,
+    output_len: int,
+    decode_shares: Sequence[float] = (),
+    kv_tokens: int | None = None,
+) -> list[Load]:
+    """One load of these lengths, or one per decode share with as many tokens in and out together.
+
+    Args:
+        decode_shares: of the tokens of a step, each between 0 and 1.
+        kv_tokens: that the KV cache holds; with more decode tokens requests get shorter, as no more would be running
+            otherwise. None: no bound.
+
+    Raises:
+        InputError: a share or a length is out of range.
+    """
+    if dense_batch_size < 2:
+        raise InputError("dense_batch_size", f"must be at least 2, got {dense_batch_size}")
+    for name, length in (("input_len", input_len), ("output_len", output_len)):
+        if length < 1:
+            raise InputError(name, f"must be at least 1, got {length}")
+    if not decode_shares:
+        return [fitting(Load(dense_batch_size, input_len, output_len), kv_tokens)]
+    found = []
+    for share in decode_shares:
+        if not 0 < share < 1:
+            raise InputError("decode_shares", f"must be above 0 and below 1, got {share:g}")
+        decodes = max(1, round(share * (input_len + output_len)))
+        prompt = max(1, input_len + output_len - decodes)
+        found.append(fitting(Load(dense_batch_size, prompt, decodes + 1), kv_tokens))
+    return found
+
+
+def fitting(load: Load, kv_tokens: int | None) -> Load:
+    """The load, with its requests shortened in proportion until the KV cache holds them."""
+    while kv_tokens is not None and load.kv_tokens > kv_tokens and load.input_len > 1 and load.output_len > 2:
+        load = Load(load.dense_batch_size, max(1, int(load.input_len * SHRINK)), max(2, int(load.output_len * SHRINK)))
+    return load

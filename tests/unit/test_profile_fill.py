@@ -1,0 +1,135 @@
+"""Filling a profile: what is measured, in which order it is kept, and that an interrupted run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_profile import KEY, MODEL, SMS, FormulaBench, formula_profile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nf.graphs.builtin import lane_of
+from nf.models.operations import Rows
+from nf.models.registry import declare
+from nf.models.shapes import shape
+from nf.planning import profile as module
+from nf.planning.profile import (
+    LM_HEAD,
+    Filled,
+    fill,
+    full_extent,
+    missing_points,
+    quick_extent,
+    wanted_pairs,
+    wanted_solos,
+)
+from nf.planning.profile_store import Profile, load_profile, read_profile, save_profile
+from nf.planning.resources import arrangements
+
+EXTENT = quick_extent(2048, SMS)
+
+
+def new_profile() -> Profile:
+    return Profile(KEY, "llama", SMS)
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "mixtral-8x7b"])
+@pytest.mark.parametrize("extent", [quick_extent, full_extent])
+def test_every_operation_is_measured_where_plans_can_put_it(name: str, extent: object) -> None:
+    operations = declare(shape(name)).operations
+    where = extent(2048, SMS)  # type: ignore[operator]
+    solos = wanted_solos(operations, where)
+    assert len(set(solos)) == len(solos)
+    assert {key[0] for key in solos} == {operation.name for operation in operations} | {LM_HEAD}
+    by_name = {operation.name: operation for operation in operations}
+    for name_, rows, sms, context in solos:
+        assert 1 <= rows <= 2048
+        assert sms == "all" or 0 < sms < SMS
+        if name_ != LM_HEAD:
+            assert (context > 0) == (by_name[name_].rows is not Rows.ALL)
+    for operation in operations:  # the whole GPU, the whole batch, and a partition
+        places = {key[2] for key in solos if key[0] == operation.name}
+        assert "all" in places
+        assert len(places) > 2
+    pairs = wanted_pairs(operations, where)
+    assert all((a[2], b[2]) == ("all", "all") or a[2] + b[2] == SMS for a, b in pairs)
+    assert {lane_of(by_name[b[0]]) for _, b in pairs} == {"memory"}
+
+
+def test_the_full_extent_goes_in_steps_of_128_rows_and_8_sms() -> None:
+    extent = full_extent(2048, SMS)
+    assert extent.rows == tuple(range(128, 2049, 128))
+    assert extent.memory_sms == tuple(range(8, 65, 8))
+    assert extent.compute_sms == tuple(SMS - sms for sms in extent.memory_sms)
+    assert quick_extent(2048, SMS).rows == (256, 512, 1024, 2048)
+
+
+@given(tokens=st.integers(1, 8192), sms=st.integers(1, 160))
+@settings(max_examples=60, deadline=None)
+def test_any_batch_and_gpu_has_an_extent(tokens: int, sms: int) -> None:
+    for extent in (quick_extent(tokens, sms), full_extent(tokens, sms)):
+        keys = wanted_solos(MODEL.operations, extent)
+        assert all(0 < key[1] <= tokens and (key[2] == "all" or 0 < key[2] < sms) for key in keys)
+        assert max(key[1] for key in keys) > tokens - 128
+        assert wanted_pairs(MODEL.operations, extent)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    bench, told = FormulaBench(fails_after=30), list[str]()
+    profile = new_profile()
+    with pytest.raises(RuntimeError, match="gone"):
+        fill(profile, bench, MODEL.operations, EXTENT, save=lambda p: save_profile(tmp_path, p), progress=told.append)
+    assert len(told) == 30
+    stored = load_profile(tmp_path, KEY, "llama")
+    assert stored is not None
+    assert len(stored.solos) == 30
+    again = FormulaBench()
+    wanted = len(wanted_solos(MODEL.operations, EXTENT)) + len(wanted_pairs(MODEL.operations, EXTENT))
+    assert missing_points(stored, MODEL.operations, EXTENT).count == wanted - 30
+    filled = fill(stored, again, MODEL.operations, EXTENT, save=lambda p: save_profile(tmp_path, p))
+    assert filled == Filled(measured=wanted - 30, known=30, left=0)
+    assert not set(again.measured) & set(bench.measured)
+    read = read_profile(tmp_path / KEY.file_name, "llama")
+    assert (read.solos.keys(), read.co_runs.keys()) == (stored.solos.keys(), stored.co_runs.keys())
+    assert fill(stored, again, MODEL.operations, EXTENT, save=pytest.fail) == Filled(0, wanted, 0)
+
+
+def test_when_time_is_up_the_rest_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, saves = [0.0], list[int]()
+    monkeypatch.setattr(module, "monotonic", lambda: now[0])
+
+    def progress(_: str) -> None:
+        now[0] += 1.0
+
+    profile = new_profile()
+    filled = fill(
+        profile,
+        FormulaBench(),
+        MODEL.operations,
+        EXTENT,
+        save=lambda p: saves.append(len(p.solos)),
+        seconds=20,
+        progress=progress,
+    )
+    assert filled.measured == 20
+    assert filled.left > 100
+    assert saves == [6, 12, 18, 20]  # every few seconds, and at the end
+
+
+def test_a_filled_profile_is_all_that_the_search_needs() -> None:
+    profile = formula_profile()
+    names = {arrangement.name for arrangement in arrangements(profile, MODEL.operations)}
+    assert "co-resident" in names
+    assert "24 SMs for memory" in names
+    for rows in (100, 333, 2048):
+        for operation in MODEL.operations:
+            assert profile.cost(operation.name, rows, "all", 700).seconds > 0
+
+
+def test_a_profile_file_without_the_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such profile file"):
+        read_profile(tmp_path / "none.json", "llama")
+    path = save_profile(tmp_path, formula_profile())
+    with pytest.raises(ValueError, match="has no measurements of qwen, only of llama-32l"):
+        read_profile(path, "qwen")

@@ -1,0 +1,210 @@
+"""The search's last stage with a measurer that is a table: the fastest plan is found, kept, and taken by engines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_profile import MODEL, SMS, FormulaBench, formula_profile
+
+from nf.bench.measure import Measurement
+from nf.bench.steady_step import Load
+from nf.cli.plan_search import table
+from nf.errors import InputError, PlanError
+from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan, validate
+from nf.graphs.plan_store import find_plan, save_plan
+from nf.planning.loads import loads
+from nf.planning.nano_layer import profiled_costs
+from nf.planning.predict import batch_shape, of_candidate, of_plan, rounds_of
+from nf.planning.profile import LM_HEAD
+from nf.planning.resources import find_candidates
+from nf.planning.search import WORTH, Candidate, Result, Search, baselines, candidates, record, search
+
+LOAD = Load(2048, 1024, 512)
+OPERATIONS = MODEL.operations
+
+
+class TableBench:
+    """Steps that take what a table says, in the order of measuring."""
+
+    def __init__(self, seconds: Callable[[PipelinePlan, Load], float]) -> None:
+        self.seconds, self.measured = seconds, list[str]()
+
+    def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
+        self.measured.append(plan.name)
+        return [Measurement(s := self.seconds(plan, load), 690 * s) for load in loads]
+
+
+def by_name(**times: float) -> Callable[[PipelinePlan, Load], float]:
+    return lambda plan, _: times.get(plan.name.replace("-", "_").split(",")[0], 1.0)
+
+
+def without_profile(loads_: Sequence[Load] = (LOAD,)) -> list[Candidate]:
+    return candidates(MODEL, None, loads_, SMS)
+
+
+def test_the_baselines_are_the_ablation_and_all_are_valid() -> None:
+    plans = baselines(MODEL, 2048, SMS)
+    assert [kind for _, kind in plans] == [
+        "sequential",
+        "nano-batches, not overlapped",
+        "nano-batches, co-resident",
+        "nano-batches, 24 SMs for memory",
+    ]
+    for plan, _ in plans:
+        validate(plan, OPERATIONS, gpu_sms=SMS)
+    assert len(plans[1][0].nano_batches) == 2
+    assert len(plans[1][0].streams) == 1
+
+
+def test_the_fastest_plan_wins_is_kept_and_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = TableBench(lambda plan, _: {"nano-batch": 0.9}.get(plan.name, 1.0))
+    found = search(without_profile(), [LOAD], bench)
+    assert found.best.candidate.plan == nano_batch_plan(OPERATIONS, 2048)
+    assert bench.measured[-2:] == ["sequential", "nano-batch"]  # both were measured once more
+    result = record(found, {"model": "llama-3-8b", "gpu": "NVIDIA H200"})
+    assert result["speed_up"] == pytest.approx(1 / 0.9)
+    json.dumps(result, allow_nan=False)
+    monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
+    save_plan(found.best.candidate.plan, MODEL.config, "NVIDIA H200", result)
+    stored = find_plan(MODEL, "NVIDIA H200", 2048, gpu_sms=SMS)
+    assert stored is not None
+    assert stored.plan == found.best.candidate.plan
+
+
+@pytest.mark.parametrize("gain", [0.0, WORTH / 2, -0.1])
+def test_sequential_stays_unless_another_is_clearly_faster(gain: float) -> None:
+    found = search(without_profile(), [LOAD], TableBench(lambda p, _: 1 - gain if p.name == "nano-batch" else 1.0))
+    assert found.best is found.sequential
+    assert found.best.candidate.plan == sequential_plan(OPERATIONS, 2048)
+
+
+def test_a_plan_must_not_lose_at_any_load() -> None:
+    mixes = [Load(2048, 1400, 100), Load(2048, 300, 1000)]
+
+    def seconds(plan: PipelinePlan, load: Load) -> float:
+        if plan.name == "nano-batch":
+            return 0.5 if load is mixes[1] else 1.01
+        return 0.99 if "24 SMs" in plan.name else 1.0
+
+    found = search(without_profile(mixes), mixes, TableBench(seconds))
+    assert "24 SMs" in found.best.candidate.plan.name
+
+
+def test_a_gain_that_does_not_come_again_is_none() -> None:
+    lucky = iter([0.98])
+    found = search(
+        without_profile(), [LOAD], TableBench(lambda p, _: next(lucky, 1.02) if p.name == "nano-batch" else 1.0)
+    )
+    assert found.best is found.sequential
+    assert found.results[2].measured[0].seconds == pytest.approx(1.0)  # the mean of both
+
+
+def test_a_plan_that_the_hardware_refuses_is_left_out() -> None:
+    def seconds(plan: PipelinePlan, _: Load) -> float:
+        if "24 SMs" in plan.name:
+            raise PlanError("streams", "this GPU cannot give it")
+        return 1.0
+
+    found = search(without_profile(), [LOAD], TableBench(seconds))
+    assert [bool(result.error) for result in found.results] == [False, False, False, True]
+    text = "\n".join(table(record(found, {"model": "m", "gpu": "g"})))
+    assert "streams: this GPU cannot give it" in text
+    assert "fastest: sequential" in text
+
+    def nothing(_plan: PipelinePlan, _load: Load) -> float:
+        raise PlanError("streams", "no")
+
+    with pytest.raises(InputError, match="no"):
+        search(without_profile(), [LOAD], TableBench(nothing))
+
+
+def test_from_a_profile_to_the_choice() -> None:
+    """The whole way with formulas in place of the GPU, steps that take what is predicted, give or take a little."""
+    profile = formula_profile(bench=FormulaBench(kept=0.99, speed=0.97))
+    wanted = candidates(MODEL, profile, [LOAD], SMS, count=4, seconds=6)
+    assert len(wanted) > 4
+    assert len({c.plan.name for c in wanted}) == len(wanted)
+    predicted = {c.plan: c.predicted[0] for c in wanted}
+    assert all(p is not None for p in predicted.values())
+
+    def seconds(plan: PipelinePlan, _: Load) -> float:
+        found = predicted[plan]
+        assert found is not None
+        return found.seconds * 1.04
+
+    found = search(wanted, [LOAD], TableBench(seconds))
+    best = min(p.seconds for p in predicted.values() if p is not None)
+    measured = found.best.measured[0].seconds
+    assert measured == pytest.approx(best * 1.04) or found.best is found.sequential
+    assert measured <= found.sequential.measured[0].seconds
+    assert found.median_error == pytest.approx(1 - 1 / 1.04)
+    lines = list(table(record(found, {"model": "llama-3-8b", "gpu": "NVIDIA H200"})))
+    assert len(lines) == 5 + len(wanted) + 1
+    assert "off by 3.8 % (median)" in lines[-1]
+
+
+def test_the_sequential_step_is_the_sum_of_its_operations() -> None:
+    profile = formula_profile()
+    shape = batch_shape(LOAD)
+    assert (shape.tokens, shape.decode_tokens) == (2048, 682)
+    assert shape.decode_context == pytest.approx(1024 + 256, abs=2)
+    assert 300 < shape.prefill_context < 800
+    cost_of = profiled_costs(profile, shape)
+    whole = math.fsum(cost_of(o, shape.rows(o, 0, 2048), "all").seconds for o in OPERATIONS)
+    found = of_plan(sequential_plan(OPERATIONS, 2048), MODEL, profile, shape)
+    assert found is not None
+    assert found.seconds == pytest.approx(32 * whole + profile.cost(LM_HEAD, 682).seconds)
+
+
+def test_a_plan_is_predicted_alike_by_whoever_made_it() -> None:
+    """Turning a candidate's plan back into rounds loses nothing."""
+    profile, shape = formula_profile(), batch_shape(LOAD)
+    for candidate in find_candidates(OPERATIONS, shape, profile, seconds=4, count=5):
+        again = of_plan(candidate.plan, MODEL, profile, shape)
+        assert again is not None
+        assert again.seconds == pytest.approx(of_candidate(candidate, MODEL, profile, shape).seconds, rel=1e-6)
+
+
+def test_what_cannot_be_predicted() -> None:
+    profile, shape = formula_profile(), batch_shape(LOAD)
+    nano = nano_batch_plan(OPERATIONS, 2048)
+    compute, memory = nano.streams
+    mixed = replace(compute, nano_operations=(*compute.nano_operations, *memory.nano_operations[:1]))
+    odd = replace(nano, streams=(mixed, replace(memory, nano_operations=memory.nano_operations[1:])))
+    assert rounds_of(odd, OPERATIONS, shape, profiled_costs(profile, shape)) is None
+    assert of_plan(odd, MODEL, profile, shape) is None
+    plans = dict(baselines(MODEL, 2048, SMS))
+    assert all(of_plan(plan, MODEL, profile, shape) is not None for plan in plans)
+    unmeasured = next(plan for plan in baselines(MODEL, 2048, 100) if "24 SMs" in plan[1])[0]
+    assert of_plan(unmeasured, MODEL, profile, shape) is None
+
+
+def test_loads_have_the_share_that_was_asked_for_and_fit_the_memory() -> None:
+    for share in (0.1, 0.3, 0.5, 0.7):
+        (load,) = loads(2048, 1024, 512, [share])
+        assert load.num_decode == pytest.approx(2048 * share, abs=2)
+        assert sum(new for _, new in load.chunks()) == 2048 - load.num_decode
+        (small,) = loads(2048, 1024, 512, [share], kv_tokens=300_000)
+        assert small.kv_tokens <= 300_000
+        assert small.num_decode == pytest.approx(load.num_decode, rel=0.02)
+    for bad in ([0.0], [1.0], [-1.0]):
+        with pytest.raises(InputError, match="above 0 and below 1"):
+            loads(2048, 1024, 512, bad)
+
+
+def test_candidates_of_different_batches_do_not_mix() -> None:
+    with pytest.raises(InputError, match="one dense batch size"):
+        candidates(MODEL, None, [LOAD, Load(1024, 1024, 512)], SMS)
+
+
+def test_a_search_record_says_nothing_that_was_not_measured() -> None:
+    results = tuple(Result(candidate) for candidate in without_profile())
+    found = record(Search((LOAD,), results, results[0]), {"model": "m"})
+    assert found["chosen"] is None
+    assert all(load["measured_s"] is None for plan in found["plans"] for load in plan["loads"])
+    assert "fastest" not in "\n".join(table(found))
