@@ -177,7 +177,7 @@ def test_8b_is_at_least_as_short_as_published() -> None:
     "operations", [layer_70b_all_reduce(), layer_70b_all_gather()], ids=["all-reduce", "all-gather"]
 )
 def test_70b_is_at_least_as_short_as_published(operations: tuple[Operation, ...]) -> None:
-    search = search_structures(operations, BATCH_70B, costs_70b(), seconds=4, keep=4, lane=class_of)
+    search = search_structures(operations, BATCH_70B, costs_70b(), seconds=3, keep=4, lane=class_of)
     check(search, operations, BATCH_70B, costs_70b())
     assert search.best.period <= PUBLISHED_70B
     assert search.gap < 0.2
