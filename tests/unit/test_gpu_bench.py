@@ -1,0 +1,297 @@
+"""The bench of nano-operations without a GPU: real launches of real layers, kernels that only take their time.
+
+Streams are clocks, a kernel takes 10 µs of its stream's, and the host has memory in place of the device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import device_double
+import numpy as np
+import pytest
+
+from nf.bench.measure import Measurement
+from nf.bench.steady_step import Load
+from nf.config import ModelConfig
+from nf.executors import gpu_buffers, gpu_inputs, gpu_memory, gpu_outputs, gpu_pages
+from nf.graphs.partition import Lane
+from nf.graphs.plan import sequential_plan
+from nf.models.registry import declare
+from nf.planning import gpu_bench, gpu_step_bench
+from nf.planning.gpu_bench import GpuBench
+from nf.planning.gpu_step_bench import GpuStepBench
+from nf.planning.profile import LM_HEAD, Extent, fill, wanted_pairs, wanted_solos
+from nf.planning.profile_store import Profile, ProfileKey
+
+LLAMA = ModelConfig("LlamaForCausalLM", 512, 128, 192, 12, 4, 2, 64, 1e-6, 256)
+MIXTRAL = replace(LLAMA, architecture="MixtralForCausalLM", num_experts=4, experts_per_token=2, num_layers=3)
+EXTENT = Extent((32, 64), (64,), (16, 32), (48, 96), (24,), (16, 24), (32,), 132)
+KERNEL_SECONDS = 1e-5
+
+LAUNCHED: list[str] = []
+CLOCKS: defaultdict[int, float] = defaultdict(float)
+PACE: defaultdict[int, float] = defaultdict(lambda: 1.0)  # stream → how much longer everything takes
+
+
+class Kernel:
+    """Any kernel and any group of kernels: what is called is noted."""
+
+    workspace_bytes = 256
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *_values: Any, **_named: Any) -> None:
+        LAUNCHED.append(self.name)
+
+    def __getattr__(self, name: str) -> Kernel:
+        return Kernel(f"{self.name}.{name}")
+
+    def product(self, n: int, k: int, capacity: int, **_: Any) -> Kernel:
+        return Kernel(f"gemm {n}×{k} of {capacity}")
+
+
+class Memory(device_double.Memory):
+    def upload(self, array: np.ndarray, offset: int = 0) -> None:
+        self.array[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+class Stream:
+    made = 0
+
+    def __init__(self, _priority: int = 0) -> None:
+        Stream.made += 1
+        self.handle = Stream.made
+
+    def synchronize(self) -> None:
+        device_double.finish()
+
+    def free(self) -> None:
+        pass
+
+
+class Event:
+    def __init__(self, *, timing: bool = False) -> None:
+        assert timing
+
+    def record(self, stream: int) -> None:
+        self.moment = CLOCKS[stream]
+
+    def block(self, stream: int) -> None:
+        CLOCKS[stream] = max(CLOCKS[stream], self.moment)
+
+    def since(self, start: Event) -> float:
+        return self.moment - start.moment
+
+    def free(self) -> None:
+        pass
+
+
+class Graph:
+    live = 0
+
+    def __init__(self, kernels: list[str], lanes: Sequence[Lane]) -> None:
+        self.kernels, self.lanes = kernels, lanes
+        Graph.live += 1
+
+    def launch(self, stream: int) -> None:
+        CLOCKS[stream] += KERNEL_SECONDS * len(self.kernels) * PACE[stream]
+
+    def free(self) -> None:
+        Graph.live -= 1
+
+
+class Meter:
+    watts = 500.0
+
+    def __init__(self, _ordinal: int) -> None:
+        pass
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+CAPTURED: list[Graph] = []
+
+
+def capture(steps: Sequence[Any], lanes: Sequence[Lane], origin: int, *, begin: Any, launch: Any, finish: Any) -> Graph:
+    LAUNCHED.clear()
+    begin(origin)
+    for step in steps:
+        launch(step, lanes[step.stream], True)
+    finish(origin)
+    CAPTURED.append(Graph(list(LAUNCHED), lanes))
+    return CAPTURED[-1]
+
+
+def fake_lanes(streams: Sequence[Any], total: int) -> tuple[Lane, ...]:
+    assert sum(s.sms for s in streams if s.sms != "all") <= total
+    return tuple(Lane(s.name, Stream().handle, total if s.sms == "all" else s.sms) for s in streams)
+
+
+DEVICE: Any = SimpleNamespace(
+    name="A GPU", sms=132, arch="sm_90a", memory=lambda: (64 << 20, 128 << 20), use=lambda: None
+)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for module in (gpu_inputs, gpu_outputs, gpu_pages, gpu_buffers, gpu_memory):
+        monkeypatch.setattr(module, "DeviceMemory", Memory)
+    for module in (gpu_inputs, gpu_outputs):
+        monkeypatch.setattr(module, "Event", device_double.Event)
+        monkeypatch.setattr(module, "copy", device_double.copy)
+    for module in (gpu_inputs, gpu_outputs, gpu_pages):
+        monkeypatch.setattr(module, "PinnedMemory", Memory)
+    doubles = {
+        "cuda": SimpleNamespace(Stream=Stream, Event=Event),
+        "PowerMeter": Meter,
+        "power_cap": lambda: 700.0,
+        "artifacts": lambda *_: [],
+        "LayerKernels": lambda *_, **__: Kernel("kernels"),
+        "RandomFill": lambda *_, **__: Kernel("fill"),
+        "random_device_weights": lambda model, _: weights(model),
+        "capture": capture,
+        "lanes": fake_lanes,
+        "WARM_SECONDS": 0.002,
+        "_idle_watts": lambda: 120.0,
+    }
+    for name, double in doubles.items():
+        monkeypatch.setattr(gpu_bench, name, double)
+    CLOCKS.clear()
+    PACE.clear()
+    CAPTURED.clear()
+    Graph.live = 0
+    yield
+    assert Graph.live == 0
+
+
+def weights(model: Any) -> Any:
+    layers = tuple({weight.name: 1 for weight in model.layer_weights} for _ in range(model.config.num_layers))
+    return SimpleNamespace(embed=1, final_norm=1, lm_head=1, layers=layers, free=lambda: None)
+
+
+def bench(config: ModelConfig = LLAMA) -> GpuBench:
+    return GpuBench(config, EXTENT, DEVICE, run=0.01)
+
+
+@pytest.mark.parametrize("config", [LLAMA, MIXTRAL], ids=["llama", "mixtral"])
+def test_every_point_can_be_measured(config: ModelConfig) -> None:
+    model, own = declare(config), bench(config)
+    profile = Profile(ProfileKey("A GPU", "1", "x"), "small", 132)
+    fill(profile, own, model.operations, EXTENT, save=lambda _: None)
+    own.close()
+    solos, pairs = wanted_solos(model.operations, EXTENT), wanted_pairs(model.operations, EXTENT)
+    assert set(profile.solos) == set(solos)
+    assert set(profile.co_runs) == set(pairs)
+    kernels = {"moe_gate_up_proj": 2, "moe_down_proj": 2, LM_HEAD: 3}  # permute, combine; gather and sampling
+    for name, rows, sms, context in solos:
+        point = profile.solos[name, rows, sms, context]
+        assert point.seconds == pytest.approx(kernels.get(name, 1) * KERNEL_SECONDS)
+        assert point.joules == pytest.approx(500 * point.seconds)
+
+
+def test_calls_go_round_over_the_layers_and_fill_a_graph() -> None:
+    own = bench()
+    own.solo(("qkv_proj", 64, 116, 0))
+    graph = CAPTURED[-1]
+    assert Counter(graph.kernels) == {"gemm 512×128 of 64": len(graph.kernels)}
+    assert len(graph.kernels) % 8 == 0
+    assert len(graph.kernels) >= 300
+    assert [lane.sms for lane in graph.lanes] == [116]
+    own.close()
+
+
+def test_two_side_by_side_are_each_timed_while_both_run() -> None:
+    own = bench()
+    slow = own._streams[1].handle
+    PACE[slow] = 3.0
+    pair = own.co_run(("o_proj", 32, 108, 0), ("decode_attention", 32, 24, 48))
+    assert pair.first.seconds == pytest.approx(KERNEL_SECONDS)
+    assert pair.second.seconds == pytest.approx(3 * KERNEL_SECONDS)
+    assert (pair.first.sms, pair.second.sms, pair.watts) == (108, 24, 500.0)
+    assert [[lane.sms for lane in graph.lanes] for graph in CAPTURED[1::2]] == [[108], [24]]
+    own.close()
+
+
+@pytest.mark.parametrize(("rows", "context"), [(32, 24), (64, 24), (16, 24), (7, 24), (64, 0), (1, 24)])
+def test_prompts_have_the_rows_and_the_context(rows: int, context: int) -> None:
+    own = bench()
+    tokens, batch = own._batch("prefill_attention", rows, context)
+    assert batch.num_tokens == tokens == rows
+    assert batch.num_decode == 0
+    if context:
+        whole = rows // (2 * context) * (2 * context)
+        if rows in (whole, rows % (2 * context)):
+            assert batch.positions.mean() + 0.5 == pytest.approx(context, abs=1)
+    assert batch.kv_indices.max() < own._num_pages
+    tokens, batch = own._batch("decode_attention", rows, 96)
+    assert batch.num_decode == tokens == rows
+    assert set(batch.kv_lens) == {96}
+    own.close()
+
+
+class Executor:
+    """A step takes a millisecond per page; more pages than there is room for are refused."""
+
+    made: list[Executor]
+
+    def __init__(self, _model: Any, weights: Any, plan: Any, *, device: Any, num_pages: int, **sizes: Any) -> None:
+        assert device is DEVICE
+        if plan.name == "bad":
+            raise ValueError("bad")
+        self.num_pages, self.sizes, self.weights, self.random = num_pages, sizes, weights, False
+        Executor.made.append(self)
+
+    def randomize_kv(self, seed: int) -> None:
+        self.random = seed == 1
+
+    def trace(self, batch: Any) -> list[Any]:
+        return [batch.num_tokens]
+
+    def close(self) -> None:
+        self.weights.free()
+
+
+def test_steps_are_measured_on_as_many_pages_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[int] = []
+    Executor.made = []
+
+    def measure(executor: Executor, batch: Any, **_: float) -> Measurement:
+        assert executor.random
+        assert batch.kv_indices.max() < executor.num_pages
+        return Measurement(1e-3 * len(batch.kv_indices), 1.0)
+
+    def drawn(model: Any, _seed: int) -> Any:
+        made = weights(model)
+        made.free = lambda: freed.append(1)
+        return made
+
+    monkeypatch.setattr(gpu_step_bench, "random_device_weights", drawn)
+    monkeypatch.setattr(gpu_step_bench, "GpuExecutor", Executor)
+    monkeypatch.setattr(gpu_step_bench, "measure_step", measure)
+    monkeypatch.setattr(gpu_step_bench, "workspace_bytes", lambda *_, **__: 1 << 20)
+    model = declare(LLAMA)
+    own = GpuStepBench(model, SimpleNamespace(**vars(DEVICE) | {"memory": lambda: (3 << 30, 4 << 30)}))  # type: ignore[arg-type]
+    monkeypatch.setitem(globals(), "DEVICE", own._device)
+    loads = [Load(64, 40, 24), Load(64, 20, 44)]
+    plan = sequential_plan(model.operations, 64)
+    found = own.measure(plan, loads)
+    assert [m.seconds for m in found] == [1e-3 * len(load.batch(16).kv_indices) for load in loads]
+    assert Executor.made[0].num_pages == max(len(load.batch(16).kv_indices) for load in loads)
+    assert own.trace(plan, loads[0]) == [64]
+    with pytest.raises(ValueError, match="bad"):
+        own.measure(replace(plan, name="bad"), loads)
+    assert len(freed) == 3
+    own._device.memory = lambda: (2 << 30, 4 << 30)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="leave no room for KV"):
+        own.measure(plan, loads)
+    assert len(freed) == 4
