@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nf.errors import InputError
 from nf.graphs.pipeline_plan import Stream
@@ -18,6 +18,8 @@ from nf.kernels import device as cuda
 from nf.kernels.device import CudaError, checked
 
 logger = logging.getLogger(__name__)
+
+Sms = int | Literal["all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +49,25 @@ class Lane:
 def lanes(streams: Sequence[Stream], total_sms: int, device: int = 0) -> tuple[Lane, ...]:
     """A lane for each stream of a plan: of a partition where it has a number of SMs, of the whole GPU otherwise.
 
-    Without green contexts (an old driver) a lane's kernels are launched with as many CTAs as its SMs hold, and run
-    wherever there is room; the log says so once.
+    Lanes are made once for plans that ask for the same and live as long as the process; nothing runs on them but what
+    is captured. Without green contexts (an old driver) a lane's kernels are launched with as many CTAs as its SMs hold,
+    and run wherever there is room; the log says so once.
 
     Raises:
         InputError: the hardware cannot give a number of SMs; the message names the nearest that it can.
     """
-    counts = tuple(stream.sms for stream in streams if stream.sms != "all")
+    return _lanes(tuple((stream.name, stream.sms, stream.priority) for stream in streams), total_sms, device)
+
+
+@functools.cache
+def _lanes(streams: tuple[tuple[str, Sms, int], ...], total_sms: int, device: int) -> tuple[Lane, ...]:
+    counts = tuple(sms for _, sms, _ in streams if sms != "all")
     partitions = iter(_partitions_or_none(counts, device) or ())
     found = []
-    for stream in streams:
-        partition = None if stream.sms == "all" else next(partitions, None)
-        handle = partition.stream(stream.priority) if partition else cuda.Stream(stream.priority).handle
-        found.append(Lane(stream.name, handle, total_sms if stream.sms == "all" else stream.sms))
+    for name, sms, priority in streams:
+        partition = None if sms == "all" else next(partitions, None)
+        handle = partition.stream(priority) if partition else cuda.Stream(priority).handle
+        found.append(Lane(name, handle, total_sms if sms == "all" else sms))
     return tuple(found)
 
 

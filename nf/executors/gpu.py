@@ -34,7 +34,7 @@ from nf.graphs.partition import Lane, lanes
 from nf.graphs.plan import PipelinePlan, sequential_plan, unroll, validate
 from nf.graphs.pool import GraphPool, capacities
 from nf.kernels import random_fill
-from nf.kernels.device import Device, Event, Stream
+from nf.kernels.device import CudaError, Device, Event, Stream
 from nf.kernels.random_fill import RandomFill
 from nf.kernels.registry import all_sources, artifacts
 from nf.models.declaration import Model
@@ -42,7 +42,7 @@ from nf.scheduler.batch import Batch, Int32, without_sampling
 
 Float32 = NDArray[np.float32]
 
-TIMED_STEPS = 8  # more than are ever in flight
+MAX_IN_FLIGHT = 7  # steps; the engine never has more than two
 TRACE_WARM_SECONDS = 1.0  # before a step is traced: clocks follow power within a few hundred milliseconds
 RESERVED_BYTES = 1 << 30  # of device memory: loaded kernels, graphs, the context, what allocations are rounded up to
 
@@ -58,6 +58,16 @@ class StepTimes:
 
     busy: float = 0.0
     idle: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A step that was launched: its result to come, when it starts and ends, and who waits for it."""
+
+    pending: PendingResult
+    start: Event
+    end: Event
+    handle: StepHandle
 
 
 class GpuExecutor:
@@ -113,7 +123,8 @@ class GpuExecutor:
             self._allocate(weights, num_pages, num_host_pages, undo)
             self._capture(undo)
             self._undo = undo.pop_all()
-        self._results: queue.SimpleQueue[tuple[PendingResult, int, StepHandle] | None] = queue.SimpleQueue()
+        self._running: queue.SimpleQueue[_Running | None] = queue.SimpleQueue()
+        self._in_flight = threading.Semaphore(MAX_IN_FLIGHT)
         self._collector = threading.Thread(target=self._collect, name="nf-gpu-executor", daemon=True)
         self._collector.start()
 
@@ -126,14 +137,15 @@ class GpuExecutor:
         if self._closed:
             raise EngineError("the executor is closed")
         handle: StepHandle = Future()
+        handle.set_running_or_notify_cancel()  # a launched step runs to its end, whoever still wants its tokens
         try:
             if self._failure is not None:
                 raise self._failure
             self._device.use()
-            timed = self._submitted % TIMED_STEPS
-            pending = self._enqueue(batch, self._timers[timed])
+            self._in_flight.acquire()
+            start, end = self._timers[self._submitted % len(self._timers)]
             self._submitted += 1
-            self._results.put((pending, timed, handle))
+            self._running.put(_Running(self._enqueue(batch, start, end), start, end, handle))
         except Exception as error:
             self._failure = error
             handle.set_exception(error)
@@ -190,10 +202,14 @@ class GpuExecutor:
         if self._closed:
             return
         self._closed = True
-        self._results.put(None)
+        self._running.put(None)
         self._collector.join()
         self._device.use()
-        self._undo.close()
+        try:
+            self._undo.close()
+        except CudaError:
+            if self._failure is None:  # after a failed kernel the driver refuses even to free
+                raise
 
     # ---- start ----
 
@@ -224,7 +240,9 @@ class GpuExecutor:
             num_host_pages=num_host_pages,
             sms=sms,
         )
-        self._timers = [(Event(timing=True), Event(timing=True)) for _ in range(TIMED_STEPS)]
+        self._timers = [
+            (Event(timing=True), Event(timing=True)) for _ in range(MAX_IN_FLIGHT + 1)
+        ]  # the one before, too
         for event in (event for pair in self._timers for event in pair):
             undo.callback(event.free)
         self._submitted = 0
@@ -258,15 +276,15 @@ class GpuExecutor:
 
     # ---- steps ----
 
-    def _enqueue(self, batch: Batch, timer: tuple[Event, Event]) -> PendingResult:
+    def _enqueue(self, batch: Batch, start: Event, end: Event) -> PendingResult:
         assert batch.num_tokens <= self._sizes.dense_batch_size
         stream = self._stream.handle
         self._memory.inputs.upload(batch, stream)
         self._pages.move(batch, self._kernels.page_copy, self._memory.inputs.pointers, self._device.sms, stream)
-        timer[0].record(stream)
+        start.record(stream)
         if batch.num_tokens:
             self._pool.for_tokens(batch.num_tokens).launch(stream)
-        timer[1].record(stream)
+        end.record(stream)
         self._prompt_logprobs(len(batch.prompt_logprobs.rows), stream)
         return self._memory.outputs.download(batch, stream)
 
@@ -301,20 +319,19 @@ class GpuExecutor:
         """On a thread of its own: complete the handles of steps as their results arrive."""
         self._device.use()
         before: Event | None = None
-        while (item := self._results.get()) is not None:
-            pending, timed, handle = item
+        while (step := self._running.get()) is not None:
             try:
-                result = pending.result()
-                start, end = self._timers[timed]
-                self.times.busy += end.since(start)
+                result = step.pending.result()
+                self.times.busy += step.end.since(step.start)
                 if before is not None:
-                    self.times.idle += start.since(before)
-                before = end
+                    self.times.idle += step.start.since(before)
+                before = step.end
             except Exception as error:
                 self._failure = self._failure or error
-                handle.set_exception(error)
+                step.handle.set_exception(error)
             else:
-                handle.set_result(result)
+                step.handle.set_result(result)
+            self._in_flight.release()
 
 
 def step_plans(model: Model, plan: PipelinePlan) -> tuple[PipelinePlan, ...]:

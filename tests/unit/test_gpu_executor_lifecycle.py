@@ -1,0 +1,199 @@
+"""What the GPU executor does around its kernels, on doubles of everything below it: order, failures, closing."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, wait
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nf.config import ModelConfig
+from nf.errors import EngineError
+from nf.executors import gpu
+from nf.executors.base import StepResult
+from nf.executors.gpu import MAX_IN_FLIGHT, GpuExecutor
+from nf.graphs.plan import load_plan
+from nf.kernels.device import CudaError
+from nf.models.registry import declare
+
+MODEL = declare(ModelConfig("LlamaForCausalLM", 64, 64, 128, 2, 4, 2, 64, 1e-5, 64))
+
+
+def step(num_tokens: int = 0) -> Any:
+    """As much of a Batch as the executor itself looks at."""
+    return SimpleNamespace(num_tokens=num_tokens, prompt_logprobs=SimpleNamespace(rows=[]))
+
+
+class Card:
+    """What the doubles share: a clock that every event advances, what was launched and freed, when results come."""
+
+    def __init__(self) -> None:
+        self.clock = 0
+        self.captured: list[int] = []  # capacities
+        self.launched: list[int] = []
+        self.freed: list[str] = []
+        self.results: list[Future[Any]] = []
+        self.refuses_to_free = False
+
+    def owner(self, name: str) -> Any:
+        def free() -> None:
+            self.freed.append(name)
+            if self.refuses_to_free:
+                raise CudaError("the driver answered CUDA_ERROR_ILLEGAL_ADDRESS")
+
+        return free
+
+    def event(self, *, timing: bool) -> Any:
+        assert timing
+        event = SimpleNamespace(at=0, free=lambda: None)
+
+        def record(_stream: int) -> None:
+            self.clock += 1
+            event.at = self.clock
+
+        event.record, event.since = record, lambda other: float(event.at - other.at)
+        return event
+
+    def download(self, _batch: Any, _stream: int) -> Any:
+        future: Future[Any] = Future()
+        self.results.append(future)
+        return SimpleNamespace(result=future.result)
+
+    def memory(self, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(
+            inputs=SimpleNamespace(upload=lambda *_: None, pointers={}),
+            outputs=SimpleNamespace(download=self.download),
+        )
+
+    def capture(self, steps: Any, _lanes: Any, origin: int, **__: Any) -> Any:
+        capacity = steps[0].stop
+        self.captured.append(capacity)
+
+        def launch(stream: int) -> None:
+            assert stream == origin
+            self.launched.append(capacity)
+
+        return SimpleNamespace(launch=launch, upload=lambda _: None, free=self.owner("graph"))
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    card = Card()
+    stream = SimpleNamespace(handle=7, synchronize=lambda: None, free=card.owner("stream"))
+    pages = SimpleNamespace(page_bytes=1, move=lambda *_: None, free=card.owner("pages"))
+    doubles = {
+        "artifacts": lambda *_: [],
+        "LayerKernels": lambda *_, **__: SimpleNamespace(page_copy=None),
+        "Layers": lambda *_: SimpleNamespace(begin=None, launch=None, finish=None),
+        "Stream": lambda: stream,
+        "Event": card.event,
+        "KvPages": lambda *_, **__: pages,
+        "step_memory": card.memory,
+        "capture": card.capture,
+    }
+    for name, double in doubles.items():
+        monkeypatch.setattr(gpu, name, double)
+    return card
+
+
+def executor(card: Card, dense_batch_size: int = 8) -> GpuExecutor:
+    return GpuExecutor(
+        MODEL,
+        SimpleNamespace(free=card.owner("weights")),  # type: ignore[arg-type]
+        load_plan("sequential", MODEL.operations, dense_batch_size),
+        device=SimpleNamespace(sms=132, arch="sm_90a", use=lambda: None),  # type: ignore[arg-type]
+        page_size=16,
+        num_pages=4,
+        num_host_pages=0,
+        max_num_seqs=4,
+        max_model_len=64,
+    )
+
+
+def result(token: int) -> StepResult:
+    return StepResult(np.array([token], np.int32), None, None)
+
+
+def test_steps_end_in_the_order_they_were_submitted(card: Card) -> None:
+    runs = executor(card)
+    handles = [runs.submit(step()) for _ in range(3)]
+    card.results[1].set_result(result(1))
+    assert not wait(handles, timeout=0.05).done
+    card.results[0].set_result(result(0))
+    card.results[2].set_result(result(2))
+    assert [int(handle.result(timeout=5).token_ids[0]) for handle in handles] == [0, 1, 2]
+    assert not any(handle.cancel() for handle in handles)
+    runs.close()
+    # The clock ticks at the start and at the end of every step.
+    assert (runs.times.busy, runs.times.idle) == (3.0, 2.0)
+
+
+def test_a_failure_is_delivered_by_its_step_and_every_later_one(card: Card) -> None:
+    runs = executor(card)
+    first, second = runs.submit(step()), runs.submit(step())
+    card.results[0].set_exception(CudaError("illegal address"))
+    with pytest.raises(CudaError, match="illegal address"):
+        first.result(timeout=5)
+    card.results[1].set_exception(CudaError("illegal address"))
+    with pytest.raises(CudaError):
+        second.result(timeout=5)
+    launched = len(card.results)
+    with pytest.raises(CudaError, match="illegal address"):
+        runs.submit(step()).result(timeout=5)
+    assert len(card.results) == launched
+    card.refuses_to_free = True  # as a driver does after a failed kernel
+    runs.close()
+    assert {"weights", "pages", "stream", "graph"} <= set(card.freed)
+
+
+def test_closing_waits_frees_once_and_ends_submission(card: Card) -> None:
+    runs = executor(card)
+    handle = runs.submit(step())
+    threading.Timer(0.05, card.results[0].set_result, [result(5)]).start()
+    runs.close()
+    assert int(handle.result(timeout=0).token_ids[0]) == 5
+    freed = list(card.freed)
+    runs.close()
+    assert card.freed == freed
+    with pytest.raises(EngineError, match="closed"):
+        runs.submit(step())
+
+
+def test_a_failed_start_frees_what_it_had(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise CudaError("the driver answered CUDA_ERROR_OUT_OF_MEMORY")
+
+    monkeypatch.setattr(gpu, "capture", refuse)
+    with pytest.raises(CudaError, match="OUT_OF_MEMORY"):
+        executor(card)
+    assert card.freed == ["pages", "stream", "weights"]
+
+
+def test_no_more_steps_are_in_flight_than_there_are_events_to_time_them(card: Card) -> None:
+    runs = executor(card)
+    handles = [runs.submit(step()) for _ in range(MAX_IN_FLIGHT)]
+    blocked = threading.Thread(target=lambda: handles.append(runs.submit(step())))
+    blocked.start()
+    blocked.join(timeout=0.1)
+    assert blocked.is_alive()
+    card.results[0].set_result(result(0))
+    blocked.join(timeout=5)
+    assert not blocked.is_alive()
+    for future in card.results[1:]:
+        future.set_result(result(1))
+    assert wait(handles, timeout=5).done == set(handles)
+    runs.close()
+    assert (runs.times.busy, runs.times.idle) == (MAX_IN_FLIGHT + 1.0, float(MAX_IN_FLIGHT))
+
+
+def test_a_step_replays_the_graph_of_its_size_and_an_empty_one_none(card: Card) -> None:
+    runs = executor(card, dense_batch_size=40)
+    assert len(card.captured) == 3
+    for index, tokens in enumerate((0, 1, 16, 17, 32, 33, 40)):
+        runs.submit(step(tokens))
+        card.results[index].set_result(result(0))
+    runs.close()
+    assert card.launched == [16, 16, 32, 32, 40, 40]
