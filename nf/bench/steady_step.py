@@ -64,7 +64,7 @@ class Load:
         return chunks
 
     def batch(self, page_size: int, num_pages: int | None = None) -> Batch:
-        """The step, on pages 0, 1, 2, …; see ``step_batch``."""
+        """The step; see ``step_batch``."""
         lens = self.kv_lens()
         new = [1] * self.num_decode + [tokens for _, tokens in self.chunks()]
         return step_batch(self.num_decode, new, lens, page_size, num_pages)
@@ -75,8 +75,8 @@ def step_batch(
 ) -> Batch:
     """A step whose sequences take ``new`` tokens each and are ``lens`` long then; the first ``num_decode`` decode.
 
-    Each has pages of its own as long as there are, if only ``num_pages`` exist; then they are taken in turn, which
-    makes the step's results worthless but not its work.
+    Each has pages of its own, in no order, as in a cache that has been used for a while. If only ``num_pages`` exist,
+    they are taken again and again, which makes the step's results worthless but not its work.
     """
     count, new_tokens, kv_lens = num_decode, np.array(new, np.int64), np.array(lens, np.int64)
     seqs = len(new_tokens)
@@ -97,7 +97,7 @@ def step_batch(
         qo_indptr=np.concatenate([[0], ends]).astype(int32),
         kv_lens=kv_lens.astype(int32),
         kv_indptr=np.concatenate([[0], np.cumsum(pages)]).astype(int32),
-        kv_indices=(np.arange(total) % (num_pages or total)).astype(int32),
+        kv_indices=(generator.permutation(total) % (num_pages or total)).astype(int32),
         last_page_len=(kv_lens - (pages - 1) * page_size).astype(int32),
         sampling=_greedy(rows, kv_lens.astype(int32)),
         prompt_logprobs=PromptLogprobsBatch(*(np.zeros(0, int32) for _ in range(4))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,8 @@ def _measure(
         from nf.graphs.plan_store import save_plan
 
         folder = Path(args.store) if args.store else None
-        result["stored"] = str(save_plan(found.best.candidate.plan, model.config, device.name, result, folder=folder))
+        best = replace(found.best.candidate.plan, model=Path(args.model).name, gpu=device.name)
+        result["stored"] = str(save_plan(best, model.config, device.name, result, folder=folder))
     if args.plot is not None:
         _say(args, "tracing")
         _plot(args, model, bench, [found.sequential.candidate, found.best.candidate], wanted, loads[0])

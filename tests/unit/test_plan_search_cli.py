@@ -1,0 +1,147 @@
+"""``nf plan profile``, ``nf plan search`` and the drawings of ``nf plan show``, with formulas in place of a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from fake_profile import KEY, MODEL, SMS, formula_profile
+
+from nf.bench.measure import Measurement
+from nf.bench.steady_step import Load
+from nf.cli import plan as command
+from nf.cli import plan_search
+from nf.errors import InputError
+from nf.executors.trace import Span
+from nf.graphs.plan import PipelinePlan, load_plan
+from nf.graphs.plan_store import find_plan
+from nf.planning import gpu_bench, gpu_step_bench
+from nf.planning.hardware import ACCELERATORS
+from nf.planning.profile_store import save_profile
+
+
+def nf(*argv: str) -> int:
+    parser = argparse.ArgumentParser(prog="nf")
+    command.add_parser(parser.add_subparsers(dest="command"))
+    return command.run(parser.parse_args(["plan", *argv]))
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> str:
+    return str(save_profile(tmp_path, formula_profile()))
+
+
+class StepBench:
+    """Every other plan than "nano-batch" takes a second."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
+        return [Measurement(0.8 if plan.name == "nano-batch" else 1.0, 690.0) for _ in loads]
+
+    def trace(self, plan: PipelinePlan, _load: Load) -> list[Span]:
+        streams = [stream.name for stream in plan.streams]
+        return [Span(streams[0], f"qkv_proj [0, 2048) layer {i}", 100.0 * i, 90.0) for i in range(32)]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A GPU as far as the command sees it; returns the folder of the cache."""
+    device = SimpleNamespace(sms=SMS, name="NVIDIA H200", memory=lambda: (130 << 30, 140 << 30))
+    monkeypatch.setattr(plan_search, "the_gpu", lambda _: device)
+    monkeypatch.setattr(plan_search, "measured_profile", lambda *_, **__: (formula_profile(), None, None))
+    monkeypatch.setattr(gpu_bench, "profile_key", lambda _: KEY)
+    monkeypatch.setattr(gpu_step_bench, "GpuStepBench", StepBench)
+    monkeypatch.setattr("nf.planning.hardware.current_gpu", lambda **_: ACCELERATORS["h200"])
+    monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_fastest_plan_is_shown_and_kept(gpu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "use.svg"
+    assert nf("search", "llama-3-8b", "--seconds", "2", "--count", "2", "--plot", str(picture)) == 0
+    out, err = capsys.readouterr()
+    assert "fastest: nano-batch, 25.0 % over sequential" in out
+    assert "1024 in, 512 out: 682 decode tokens per step" in out
+    assert "measuring sequential" in err
+    stored = find_plan(MODEL, "NVIDIA H200", 2048, gpu_sms=SMS)
+    assert stored is not None
+    assert stored.path.is_relative_to(gpu)
+    assert (stored.plan.name, stored.plan.model, stored.plan.gpu) == ("nano-batch", "llama-3-8b", "NVIDIA H200")
+    measured = json.loads(stored.path.with_name(stored.path.stem + ".measured.json").read_text())
+    assert measured["chosen"] == "nano-batch"
+    assert measured["kernels"] == KEY.kernels
+    assert "nano-batch (nano-batches, co-resident)" in picture.read_text()
+    ElementTree.parse(picture)
+
+
+def test_what_is_measured_can_be_chosen_by_hand(gpu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.json"
+    nf("show", "nano-batch", "--model", "llama-3-8b", "--json")
+    mine.write_text(capsys.readouterr().out.replace('"nano-batch"', '"mine"'))
+    shares = ("--decode-share", "0.2,0.6")
+    argv = ("search", "llama-3-8b", "--count", "0", "--add", str(mine), "--no-store", "--json", "-q", *shares)
+    assert nf(*argv) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert err == ""
+    assert [plan["name"] for plan in result["plans"]][-1] == "mine"
+    assert [load["decode_tokens"] for load in result["loads"]] == pytest.approx([410, 1229], abs=2)
+    assert result["chosen"] == "nano-batch"
+    assert not gpu.exists()
+
+
+def test_predictions_need_no_gpu(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = tmp_path / "plans"
+    argv = ("search", "llama-3-8b", "--profile", profile, "--predict-only", "--seconds", "2", "--count", "3")
+    assert nf(*argv, "--plans-dir", str(plans), "-q") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "llama-3-8b, predicted, 2,048 tokens per step"
+    assert "fastest" not in lines[-1]
+    files = sorted(plans.iterdir())
+    assert len(files) == len(lines) - 4
+    for file in files:
+        assert load_plan(file, MODEL.operations, 2048, gpu_sms=SMS).dense_batch_size == 2048
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("search", "llama-3-8b"), "^device: 'cuda' cannot be had"),
+        (("search", "llama-3-8b", "--count", "-1"), "^--count: must be at least 0"),
+        (("search", "llama-3-8b", "--plot", "x.png"), "^--plot: must name a file that ends in .svg"),
+        (("search", "llama-3-8b", "--plot", "x.svg", "--predict-only"), "^--plot: needs a step that runs"),
+        (("search", "llama-3-8b", "--profile", "none.json", "--predict-only"), "^none.json: there is no such"),
+        (("search", "qwen2-7b", "--profile", "PROFILE", "--predict-only"), "has no measurements of qwen2-28l"),
+        (("profile", "llama-3-8b", "--quick"), "^device: 'cuda' cannot be had"),
+        (("show", "sequential", "--plot", "x.png"), "^--plot: must name a file"),
+    ],
+)
+def test_what_cannot_be_done(argv: tuple[str, ...], message: str, profile: str) -> None:
+    with pytest.raises(InputError, match=message):
+        nf(*(profile if word == "PROFILE" else word for word in argv))
+
+
+def test_a_stored_profile_is_drawn(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert nf("profile", "llama-3-8b", "--profile", profile, "--plot", str(tmp_path / "c.svg")) == 0
+    assert "142 points alone and 20 pairs" in capsys.readouterr().out
+    assert "24 SMs" in (tmp_path / "c.svg").read_text()
+
+
+def test_a_plan_is_drawn_with_and_without_measured_lengths(profile: str, tmp_path: Path) -> None:
+    plain, measured = tmp_path / "plain.svg", tmp_path / "measured.svg"
+    assert nf("show", "nano-batch", "--model", "llama-3-8b", "--plot", str(plain)) == 0
+    argv = ("show", "nano-batch", "--model", "llama-3-8b", "--layers", "2", "--profile", profile)
+    assert nf(*argv, "--plot", str(measured)) == 0
+    for file in (plain, measured):
+        ElementTree.parse(file)
+        assert "decode_attention [0, 1024) layer 1" in file.read_text()
+    assert "Order only" in plain.read_text()
+    assert " ms</text>" in measured.read_text()
