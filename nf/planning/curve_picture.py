@@ -54,7 +54,10 @@ def _panel(left: float, name: str, points: Curve) -> list[str]:
         x, y = at(point.share, point.speed)
         words = "co-resident" if point.sms == "all" else f"{point.sms} SMs"
         parts.append(dot(x, y, colours["network" if point.sms == "all" else "memory"], _told(point, words)))
-        parts.append(text(x + 7, y + 4, words, anchor="start", size=11))
+        if point.sms == "all":
+            parts.append(text(x - 7, y - 4, words, anchor="end", size=11))
+        else:
+            parts.append(text(x + 7, y + 4, words, anchor="start", size=11))
     return parts
 
 

@@ -16,7 +16,8 @@ from nf.planning.svg import GREY, RESOURCE_COLOURS, box, document, line, text
 
 SecondsOf = Callable[[LayerStep], float]
 
-_WIDTH, _LEFT, _TOP, _ROW, _FOOT = 1200, 120, 56, 64, 40  # pixels
+_WIDTH, _LEFT, _TOP, _ROW, _FOOT = 1200, 120, 56, 94, 40  # pixels
+_NARROW = 13  # pixels, of a box that a name fits into lengthwise
 _LETTER = 6.2  # pixels of a character at size 11
 
 
@@ -86,9 +87,12 @@ def _nano_operation(step: LayerStep, x: float, y: float, width: float, seconds: 
     opacity = 0.9 if step.layer % 2 == 0 else 0.55
     title = f"{name} {tokens} layer {step.layer}{took}"
     parts = [box(x, y, max(width - 1, 0.5), _ROW - 14, colour, title=title, opacity=opacity)]
-    for line_, words in enumerate((name, tokens, f"layer {step.layer}")):
-        if len(words) * _LETTER < width:
-            parts.append(text(x + width / 2, y + 15 + 14 * line_, words, size=11))
+    if len(name) * _LETTER < width:
+        for line_, words in enumerate((name, tokens, f"layer {step.layer}")):
+            if len(words) * _LETTER < width:
+                parts.append(text(x + width / 2, y + 20 + 15 * line_, words, size=11))
+    elif width > _NARROW:
+        parts.append(text(x + width / 2 + 3, y + (_ROW - 14) / 2, name, size=10, turn=-90))
     return parts
 
 
@@ -99,5 +103,6 @@ def _axis(end: float, scale: float, plan: PipelinePlan, measured: bool) -> list[
         return [*parts, text(_LEFT, y + 18, "Order only: every nano-operation is drawn equally long.", anchor="start")]
     for tick in range(6):
         at = end * tick / 5
-        parts.append(text(_LEFT + at * scale, y + 16, f"{at * 1e3:.2f} ms", size=11))
+        anchor = "end" if tick == 5 else "middle"
+        parts.append(text(_LEFT + at * scale, y + 16, f"{at * 1e3:.2f} ms", size=11, anchor=anchor))
     return parts

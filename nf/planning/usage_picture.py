@@ -23,7 +23,7 @@ from nf.planning.svg import GREY, RESOURCE_COLOURS, document, line, text
 
 SHOWN_LAYERS = 3
 _BINS = 360
-_WIDTH, _LEFT, _TOP, _ROW, _GAP = 1100, 64, 48, 130, 46  # pixels
+_WIDTH, _LEFT, _TOP, _ROW, _GAP = 1100, 64, 72, 130, 70  # pixels
 _NAME = re.compile(r"(?P<operation>\w+) \[(?P<start>\d+), (?P<stop>\d+)\) layer (?P<layer>\d+)")
 
 Usage = Mapping[str, NDArray[np.float64]]
@@ -79,6 +79,8 @@ def usage_picture(steps: Sequence[Traced], title: str) -> str:
     """The steps below one another on one scale of time, as SVG."""
     longest = max((step.micros for step in steps), default=0.0) or 1.0
     parts = [text(10, 24, title, anchor="start", size=15)]
+    for place, name in enumerate(("compute", "memory")):
+        parts.append(text(_LEFT + _WIDTH - 80 * place, 24, name, anchor="end", size=13, fill=RESOURCE_COLOURS[name]))
     for row, step in enumerate(steps):
         parts += _panel(_TOP + row * (_ROW + _GAP), step, longest)
     return document(_LEFT + _WIDTH + 20, _TOP + len(steps) * (_ROW + _GAP), parts)
