@@ -217,20 +217,22 @@ class _ShareProgram:
         )
         pace = values[self.pace]
         period = self.unit / pace
-        starts = [values[start] * period for start in self.starts]
         joules = math.fsum(task.cost.joules for task in self.tasks)
         if self.power:
             alone = math.fsum(task.cost.seconds for task in self.tasks)
             joules += self.power.idle_watts * (period - alone)
         bound = self.unit / solution.bound if 0 < solution.bound < math.inf else self.unit
-        first = min(starts)
-        rounds = self.rounds
+        rounds, starts = self.rounds, [values[start] for start in self.starts]
         if self.reorder:
             lags = rounds.lags
-            placed = [lag + values[start] for lag, start in zip(lags, self.starts, strict=True)]
+            placed = [lag + start for lag, start in zip(lags, starts, strict=True)]
             heights = {(i, j): round(values[x]) + lags[i] - lags[j] for (i, j), x in self.heights.items()}
             rounds = order_from_starts(rounds.layer, placed, heights)
-        return Shares(rounds, shares, lengths, tuple(s - first for s in starts), period, min(bound, period), joules)
+            starts = [start - lag for start, lag in zip(placed, rounds.lags, strict=True)]
+        first = min(starts)
+        return Shares(
+            rounds, shares, lengths, tuple((s - first) * period for s in starts), period, min(bound, period), joules
+        )
 
     def _guess(self, seconds: float) -> list[float]:
         """The best solution that gives all tasks of a lane the same share, improved task by task."""

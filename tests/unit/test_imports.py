@@ -16,7 +16,7 @@ FRAMEWORKS = {"torch", "jax", "tensorflow"}
 # A module may import from its own layer and those to its left.
 LAYERS = ["nf.kernels", "nf.graphs", "nf.executors", "nf.engine", "nf.llm", "nf.cli"]
 PURE_GRAPHS = ("plan", "pipeline_plan", "dependencies", "unroll", "validation", "builtin")
-PURE_PLANNING = ("hardware", "operation_costs", "cost_model", "figures", "heat_map")
+PURE_PLANNING = ("hardware", "operation_costs", "cost_model", "figures", "heat_map", "structure", "shares", "resources")
 NO_CUDA = [
     *("nf.scheduler", "nf.models", "nf.text"),
     *(f"nf.graphs.{name}" for name in PURE_GRAPHS),

@@ -104,7 +104,7 @@ def test_8b_shares_hold_and_are_proved(reorder: bool) -> None:
     layer = nano_layer(layer_8b(), BATCH_8B, dict.fromkeys((o.name for o in layer_8b()), (384,)), costs_8b(), class_of)
     rounds = best_order(layer, 5.0).rounds
     assert rounds is not None
-    found = best_shares(rounds, A100_PUBLISHED, reorder=reorder, seconds=6.0)
+    found = best_shares(rounds, A100_PUBLISHED, reorder=reorder, seconds=3.0)
     check_shares(found, layer_8b(), A100_PUBLISHED)
     alone = sum(task.cost.seconds for task in layer.tasks)
     least = sum(t.cost.seconds * (1.0 if t.lane == "compute" else 0.4) for t in layer.tasks)  # min of R / P: 0.1 / 0.25
@@ -121,6 +121,32 @@ def test_70b_shares_hold_with_three_resources() -> None:
     assert found[0].period < 0.9 * sequential
     assert found[0].period <= found[1].period
     assert 0 <= found[0].gap < 0.3
+
+
+@settings(deadline=None, max_examples=4)
+@given(
+    operations=st.sampled_from([layer_8b(), layer_70b_all_reduce()]),
+    decode=st.sampled_from([0, 128, 384, 1024]),
+    weights=st.lists(st.integers(1, 20), min_size=8, max_size=8),
+    power=st.sampled_from([None, PowerLimit(700.0, 126.0), PowerLimit(450.0, 126.0)]),
+    reorder=st.booleans(),
+)
+def test_whatever_shares_are_found_hold(
+    operations: tuple[Operation, ...], decode: int, weights: list[int], power: PowerLimit | None, reorder: bool
+) -> None:
+    per_row = {o.name: weight for o, weight in zip(operations, weights, strict=False)}
+
+    def cost_of(operation: Operation, rows: int, _: Sms) -> Cost:
+        seconds = (50 + rows * per_row[operation.name]) * 1e-7 if rows else 0.0
+        return Cost(seconds, 600 * seconds)
+
+    search = search_structures(operations, BatchShape(1024, decode), cost_of, seconds=0.4, keep=2, lane=class_of)
+    for structure in search.structures:
+        found = best_shares(structure.rounds, A100_PUBLISHED, power=power, reorder=reorder, seconds=0.5)
+        check_shares(found, operations, A100_PUBLISHED)
+        assert found.bound <= found.period
+        if power:
+            assert found.joules <= power.cap_watts * found.period * (1 + 1e-6)
 
 
 def stepped_period(rounds: Rounds, arrangement: Arrangement, cost_of: CostOf, operations: Sequence[Operation]) -> float:
