@@ -83,9 +83,9 @@ class GpuBench:
         self.idle_watts = _idle_watts()
         self.cap_watts = power_cap()
         self._config = config = replace(config, num_layers=min(LAYERS, config.num_layers))
-        self._model: Model = declare(config)
+        self.model: Model = declare(config)
         self._device, self._run_seconds = device, run
-        self._operations = {operation.name: operation for operation in self._model.operations}
+        self._operations = {operation.name: operation for operation in self.model.operations}
         decodes, tokens = extent.decode_rows[-1], extent.rows[-1]
         longest = max(PROMPT, *extent.decode_contexts, 2 * max(extent.prefill_contexts))
         self._sizes = Sizes(max(tokens, decodes), max(tokens, decodes), longest + 1, PAGE_SIZE)
@@ -126,7 +126,7 @@ class GpuBench:
 
     def _allocate(self, extent: Extent, kv_tokens: int, undo: ExitStack) -> None:
         config, sizes, sms = self._config, self._sizes, self._device.sms
-        weights = random_device_weights(self._model, 0)
+        weights = random_device_weights(self.model, 0)
         undo.callback(weights.free)
         one_page = page_bytes(config, PAGE_SIZE) * config.num_layers
         free, _ = self._device.memory()
@@ -134,9 +134,9 @@ class GpuBench:
         pages = KvPages(config, device=self._device, page_size=PAGE_SIZE, num_pages=self._num_pages, num_host_pages=0)
         undo.callback(pages.free)
         compiled = artifacts(all_sources(), self._device.arch)
-        self._kernels = LayerKernels(compiled, self._model, sizes, page_bytes=pages.page_bytes, sms=sms)
+        self._kernels = LayerKernels(compiled, self.model, sizes, page_bytes=pages.page_bytes, sms=sms)
         tokens = {*extent.rows, *extent.light_rows, *extent.decode_rows, *extent.pair_rows}
-        self._plans = {count: sequential_plan(self._model.operations, count) for count in sorted(tokens)}
+        self._plans = {count: sequential_plan(self.model.operations, count) for count in sorted(tokens)}
         plans = list(self._plans.values())
         self._memory = step_memory(config, plans, sizes, self._kernels, weights, pages, undo, sms=sms)
         self._streams = (cuda.Stream(), cuda.Stream())
@@ -196,7 +196,7 @@ class GpuBench:
         layers.begin(origin.handle)
         if name == LM_HEAD:
             return self._repeated([], layers, lane, origin, finish=True)
-        ordered = [LayerStep(o, i, 0, tokens, 0, ()) for i in range(LAYERS) for o in self._model.operations]
+        ordered = [LayerStep(o, i, 0, tokens, 0, ()) for i in range(LAYERS) for o in self.model.operations]
         steps = [replace(step, layer=step.layer % self._config.num_layers) for step in ordered]
         if self._config.num_experts:  # the rows of each expert follow from what came before
             for step in steps[: len(self._operations)]:
@@ -231,7 +231,7 @@ class GpuBench:
         if key not in self._layers:
             plan = self._plans[tokens]
             plan = replace(plan, streams=(replace(plan.streams[0], sms=sms),))  # attention is planned for its SMs
-            self._layers[key] = Layers(self._model, plan, self._kernels, self._memory, self._sizes, self._device.sms)
+            self._layers[key] = Layers(self.model, plan, self._kernels, self._memory, self._sizes, self._device.sms)
         return self._layers[key]
 
     # ---- time and power ----
