@@ -88,29 +88,46 @@ def padded(logits: Any, dtype: str) -> Any:
     return wide.bfloat16() if dtype == "bf16" else wide
 
 
-def run(
-    logits: Any, rows: SamplingBatch, tokens: Any, dtype: str, *, count: int | None = None, sms: int = 132
-) -> Result:
-    wide, buffer = padded(logits, dtype), torch.from_numpy(tokens).cuda()
-    total, vocab_size = logits.shape
-    kernel = sampling.Sampler(
-        artifacts(sampling.sources(), "sm_90a"), dtype, vocab_size=vocab_size, tokens_stride=tokens.shape[1], sms=sms
-    )
-    names = [field.name for field in fields(SamplingBatch) if field.name != "rows"]
-    arrays = {name: device(getattr(rows, name)) for name in names}
-    arrays["num_samples"] = device(np.array([total if count is None else count], np.int32))
-    workspace = torch.full((kernel.workspace_bytes,), 0xFF, device="cuda", dtype=torch.uint8)
-    workspace[:256] = 0
-    chosen, out = torch.full((total,), -7, device="cuda", dtype=torch.int32), outputs(total)
-    for _ in range(2):  # the second launch finds the counters as the first one did
-        kernel(
-            logits=wide.data_ptr(), stride=wide.shape[1], tokens=buffer.data_ptr(), token_ids=chosen.data_ptr(),
-            arrays=sampling.SamplingArrays(**{name: array.data_ptr() for name, array in arrays.items()}),
-            logprobs=sampling.LogprobArrays(*(array.data_ptr() for array in out)), workspace=workspace.data_ptr(),
-            capacity=total, stream=torch.cuda.current_stream().cuda_stream, pdl=True,
+class Launch:
+    """A launch on poisoned outputs; ``num_samples`` is the device's count of rows."""
+
+    def __init__(self, logits: Any, rows: SamplingBatch, tokens: Any, dtype: str, sms: int) -> None:
+        self.wide, self.tokens = padded(logits, dtype), torch.from_numpy(tokens).cuda()
+        total, vocab_size = logits.shape
+        self.capacity = total
+        self.kernel = sampling.Sampler(
+            artifacts(sampling.sources(), "sm_90a"),
+            dtype,
+            vocab_size=vocab_size,
+            tokens_stride=tokens.shape[1],
+            sms=sms,
+        )
+        self.num_samples = device(np.array([total], np.int32))
+        names = [field.name for field in fields(SamplingBatch) if field.name != "rows"]
+        self.arrays = {name: device(getattr(rows, name)) for name in names} | {"num_samples": self.num_samples}
+        self.workspace = torch.full((self.kernel.workspace_bytes,), 0xFF, device="cuda", dtype=torch.uint8)
+        self.workspace[:256] = 0
+        self.chosen, self.out = torch.full((total,), -7, device="cuda", dtype=torch.int32), outputs(total)
+
+    def __call__(self) -> None:
+        self.kernel(
+            logits=self.wide.data_ptr(), stride=self.wide.shape[1], tokens=self.tokens.data_ptr(),
+            arrays=sampling.SamplingArrays(**{name: array.data_ptr() for name, array in self.arrays.items()}),
+            token_ids=self.chosen.data_ptr(), workspace=self.workspace.data_ptr(),
+            logprobs=sampling.LogprobArrays(*(array.data_ptr() for array in self.out)),
+            capacity=self.capacity, stream=torch.cuda.current_stream().cuda_stream, pdl=True,
         )  # fmt: skip
-    assert not workspace[:256].any()
-    return Result(*(array.cpu().numpy() for array in (chosen, *out, buffer)))
+
+    def result(self) -> Result:
+        assert not self.workspace[:256].any()
+        return Result(*(array.cpu().numpy() for array in (self.chosen, *self.out, self.tokens)))
+
+
+def run(logits: Any, rows: SamplingBatch, tokens: Any, dtype: str, *, sms: int = 132) -> Result:
+    launch = Launch(logits, rows, tokens, dtype, sms)
+    launch()
+    launch()  # finds the counters as the first one did
+    return launch.result()
 
 
 def seen(logits: Any, dtype: str) -> Any:
@@ -223,12 +240,12 @@ def test_mixtures(dtype: str, kind: str, vocab_size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
-@pytest.mark.parametrize("vocab_size", [50, 20000, 128256])
-def test_edits(dtype: str, vocab_size: int) -> None:
+@pytest.mark.parametrize(("vocab_size", "length"), [(50, LENGTH), (20000, 8 * LENGTH), (128256, LENGTH)])
+def test_edits(dtype: str, vocab_size: int, length: int) -> None:
     rng = np.random.default_rng(vocab_size + 1)
     count = 30
-    positions = rng.integers(3, LENGTH, count)
-    tokens = rng.integers(0, vocab_size, (count, LENGTH)).astype(np.int32)
+    positions = rng.integers(3, length, count)
+    tokens = rng.integers(0, vocab_size, (count, length)).astype(np.int32)
     tokens[:, ::2] %= 7  # some tokens occur often
     ids = [rng.permutation(vocab_size)[:8].tolist() for _ in range(count)]
     words = [[[*tokens[i, p - k : p].tolist(), ids[i][k]] for k in (0, 1, 3)] for i, p in enumerate(positions)]
@@ -280,10 +297,19 @@ def test_equal_logits_everywhere(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
 def test_only_the_rows_there_are(dtype: str) -> None:
+    """The count is read from the device, also by a launch that was captured."""
     logits = np.random.default_rng(2).standard_normal((9, 3000)).astype(np.float32)
     rows, tokens = batch(9, temperature=1.0, logprobs=2), np.full((9, LENGTH), -3, np.int32)
+    launch = Launch(logits, rows, tokens, dtype, sms=2)
+    launch.num_samples.fill_(0)
+    launch()  # loads the kernel, which a capture must not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
     for count in (0, 1, 5):
-        found = run(logits, rows, tokens, dtype, count=count)
+        launch.num_samples.fill_(count)
+        graph.replay()
+        found = launch.result()
         assert (found.token_ids[count:] == -7).all()
         assert (found.token_ids[:count] >= 0).all()
         assert (found.tokens[count:] == -3).all()
