@@ -19,6 +19,7 @@ CASES: tuple[tuple[str, dict[str, float], float | None], ...] = (
     ("temperature 1", {"temperature": 1.0}, None),
     ("temperature 1, top-k 50", {"temperature": 1.0, "top_k": 50}, DRAWN_FLOOR),
     ("temperature 1, top-p 0.9", {"temperature": 1.0, "top_p": 0.9}, DRAWN_FLOOR),
+    ("temperature 0.7, top-p 0.9", {"temperature": 0.7, "top_p": 0.9}, DRAWN_FLOOR),
     ("temperature 1, top-k 50, top-p 0.9", {"temperature": 1.0, "top_k": 50, "top_p": 0.9}, DRAWN_FLOOR),
     ("temperature 1, penalties", {"temperature": 1.0, "presence_penalty": 0.5}, None),
 )
