@@ -20,8 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # vLLM's environment need not have nf installed
 
-from nf.bench import card
-from nf.bench.environment import environment
+from nf.bench.environment import environment, write_record
+from nf.bench.power import ENGINE_POLL_SECONDS, PowerMeter
 from nf.bench.workload import Workload
 from nf.cli.workload_options import add_workload_options, read_workload
 from nf.errors import InputError
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         workload = read_workload(args)
-        theirs = _nf_record(args.nf_json, _describe(workload)) if args.nf_json else None
+        theirs = _nf_record(args.nf_json, workload.describe()) if args.nf_json else None
         vocab_size = read_config(args.model).vocab_size
         options = engine_options(args)
     except InputError as error:
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_line("nf", theirs["results"]))
         print(f"{'nf / vLLM':<10}{ratio:.3f}")
     if args.json:
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(args.json, record)
     return 0
 
 
@@ -103,7 +103,7 @@ def run(vllm: Any, options: dict[str, Any], workload: Workload, vocab_size: int)
         "engine": f"vLLM {vllm.__version__}",
         "environment": environment(),
         "options": options,
-        "workload": _describe(workload),
+        "workload": workload.describe(),
         "results": {
             "seconds": seconds,
             "requests_per_second": len(workload) / seconds,
@@ -125,31 +125,17 @@ def _generate(vllm: Any, llm: Any, workload: Workload, vocab_size: int, gpus: ra
         vllm.SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
         for output_len in workload.output_lens.tolist()
     ]
-    joules, start = _joules(gpus), time.monotonic()
-    outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
-    seconds = time.monotonic() - start
-    joules = _joules(gpus) - joules
+    with PowerMeter(*gpus, poll_seconds=ENGINE_POLL_SECONDS) as meter:
+        start = time.monotonic()
+        outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
+        seconds = time.monotonic() - start
     lens = [len(output.outputs[0].token_ids) for output in outputs]
     if lens != workload.output_lens.tolist():
         raise SystemExit("bench_vllm: vLLM's outputs do not have the lengths that were asked for")
-    return seconds, joules
+    return seconds, seconds * meter.watts
 
 
-def _joules(gpus: range) -> float:
-    return sum((card.energy(gpu) for gpu in gpus), start=0.0)
-
-
-def _describe(workload: Workload) -> dict[str, Any]:
-    return {
-        "name": workload.name,
-        "requests": len(workload),
-        "input_tokens": workload.input_tokens,
-        "output_tokens": workload.output_tokens,
-        "seed": workload.seed,
-    }
-
-
-def _nf_record(path: Path, workload: dict[str, Any]) -> dict[str, Any]:
+def _nf_record(path: Path, workload: dict[str, int | str]) -> dict[str, Any]:
     """nf's record, if it is of the same requests."""
     try:
         record: dict[str, Any] = json.loads(path.read_text())

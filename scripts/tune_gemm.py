@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nf.bench.gemm_cases import HEADS, MODELS
+from nf.bench.kernels import normal
 from nf.kernels.compile import compile_kernels, load_bundle
 from nf.kernels.gemm import (
     TABLE,
@@ -89,9 +90,7 @@ def _key(point: dict[str, Any]) -> Point:
 
 
 def measure(args: argparse.Namespace) -> None:
-    from nf.bench.kernels import environment
-
-    record: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), **environment(), "points": []}
+    record = new_record()
     configs = _configs(args)
     kernels = GemmKernels(load_bundle(_sources(configs, args.names), "sm_90a", args.bundle))
     earlier = near_the_best(args.previous)
@@ -101,6 +100,16 @@ def measure(args: argparse.Namespace) -> None:
             for point in _measure_shape(args, kernels, configs, earlier, model, name, started):
                 record["points"].append(point)
                 args.out.write_text(json.dumps(record) + "\n")  # what is measured is kept, whatever comes
+
+
+def new_record(**more: Any) -> dict[str, Any]:
+    """Where and when, and room for points."""
+    from nf.bench import cublas
+    from nf.bench.environment import environment
+
+    here = environment()
+    told = {name: here[name] for name in ("date", "commit", "driver")}
+    return {**told, "gpu": here["gpus"][0]["name"], "cublas": cublas.version(), **more, "points": []}
 
 
 def _configs(args: argparse.Namespace) -> list[GemmConfig]:
@@ -132,7 +141,7 @@ def _measure_shape(
     n, k = HEADS[model] if name == HEAD else MODELS[model][name]
     output: Output = "float32" if name == HEAD else "bfloat16"
     epilogue: Epilogue = "swiglu" if name == "gate_up" else "none"  # that it must serve; the plain product is timed
-    ws = [_normal(n, k) for _ in range(max(1, -(-COPIES_BYTES // (n * k * 2))))]
+    ws = [normal(n, k) for _ in range(max(1, -(-COPIES_BYTES // (n * k * 2))))]
     for sms in args.sms:
         stream = cupy.cuda.Stream(non_blocking=True)
         if sms < cupy.cuda.Device().attributes["MultiProcessorCount"]:
@@ -140,7 +149,7 @@ def _measure_shape(
         for rows in args.rows:
             if time.monotonic() - started > args.seconds:
                 return
-            x, y = _normal(rows, k), cupy.empty((rows, n), "f4" if name == HEAD else "u2")
+            x, y = normal(rows, k), cupy.empty((rows, n), "f4" if name == HEAD else "u2")
             count = cupy.array([rows], cupy.int32)
             known = [c for c in earlier.get((n, k, sms, rows), []) if c.config in configs][: args.count]
             rule = shortlist(n, k, rows, sms, configs, args.count, epilogue, output)
@@ -210,13 +219,6 @@ def _replays(stream: Any, graph: Any, count: int, seconds: float, estimate: floa
     end.record(stream)
     end.synchronize()
     return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3 / replays / count
-
-
-def _normal(rows: int, columns: int) -> Any:
-    import cupy
-
-    bits = (cupy.random.standard_normal((rows, columns), dtype=cupy.float32)).view(cupy.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(cupy.uint16)
 
 
 def reduce(files: list[Path], only: set[str] | None = None) -> dict[str, Any]:

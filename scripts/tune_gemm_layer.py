@@ -15,13 +15,15 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tune_gemm import new_record
+
 from nf.bench import cublas
 from nf.bench.gemm_cases import MODELS
+from nf.bench.kernels import normal
 from nf.bench.measure import Call, measure
 from nf.kernels.compile import compile_kernels, load_bundle
 from nf.kernels.gemm import GemmChoice, GemmConfig, GemmKernels
@@ -95,14 +97,6 @@ def descend(layer: Layer, model: str) -> Iterator[dict[str, Any]]:
     print(f"{model}, {layer.rows} rows: {best * 1e6:.1f} µs, cuBLAS {reference * 1e6:.1f} µs; {labels}", flush=True)
 
 
-def normal(rows: int, columns: int) -> Any:
-    """Normal random bf16 numbers."""
-    import cupy
-
-    bits = cupy.random.standard_normal((rows, columns), dtype=cupy.float32).view(cupy.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(cupy.uint16)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("compile", "measure"))
@@ -115,10 +109,7 @@ def main() -> None:
     if args.command == "compile":
         compile_kernels(sources, "sm_90a", folder=args.bundle)
         return
-    from nf.bench.kernels import environment
-
-    note = "seconds of a whole layer"
-    record: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), **environment(), "note": note, "points": []}
+    record = new_record(note="seconds of a whole layer")
     kernels = GemmKernels(load_bundle(sources, "sm_90a", args.bundle))
     for model in args.models:
         weights = {name: normal(n, k) for name, (n, k) in MODELS[model].items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from nf.bench.roofline import Ceilings
 from nf.config import ModelConfig
-from nf.errors import NfError
 
 READ_BYTES = 2 << 30
 WARM_SECONDS, RUN_SECONDS = 1.0, 2.0  # the energy counter moves ten times a second
@@ -21,16 +20,14 @@ def measure_ceilings(config: ModelConfig, rows: int, gpus: int = 1) -> Ceilings:
         gpus: that share the model; each is taken to be like the first.
 
     Raises:
-        NfError: the measurement needs a package that is not installed.
+        NfError: cupy is not installed.
     """
-    try:
-        import cupy  # noqa: F401
-    except ImportError:
-        raise NfError("the ceilings are measured with cupy, which is not installed (pip install 'nf[cuda]')") from None
+    from nf.bench.measure import Call, measure, need_cupy
+
+    need_cupy()
     from nf.bench.card import power_cap
     from nf.bench.gemm_cases import Products
     from nf.bench.kernels import Bench
-    from nf.bench.measure import Call, measure
     from nf.kernels import gemm, stream
 
     bench = Bench([*gemm.sources(), stream.READ])

@@ -37,6 +37,14 @@ def gemm(x: Any, w: Any, y: Any) -> Call:
     return call
 
 
+def version() -> int:
+    """E.g. 130000 for 13.0.0."""
+    library, handle = _cublas()
+    found = ctypes.c_int()
+    library.cublasGetVersion_v2(handle, ctypes.byref(found))
+    return found.value
+
+
 @functools.cache
 def _cublas() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
     """The library that cupy has loaded, and its handle of the current device."""

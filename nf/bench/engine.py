@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Unpack, cast
 
 from nf.bench import card
+from nf.bench.power import ENGINE_POLL_SECONDS, PowerMeter
 from nf.bench.steps import StepLog
 from nf.bench.workload import Workload
 from nf.config import EngineConfig, ModelConfig
@@ -78,9 +77,9 @@ class Subject:
         """Time a step whose requests have ended, nano-operation by nano-operation; see nf.executors.trace."""
         return [] if batch is None else cast(Traceable, self.log.executor).trace(batch)
 
-    def energy(self) -> float:
-        """Joules used so far by the GPUs that run the model; NaN if there are none or they do not tell."""
-        return sum((card.energy(gpu) for gpu in range(self.gpus)), start=0.0) if self.gpus else math.nan
+    def power_meter(self) -> PowerMeter:
+        """Of the GPUs that run the model."""
+        return PowerMeter(*range(self.gpus), poll_seconds=ENGINE_POLL_SECONDS)
 
     def memory(self) -> dict[str, int | None]:
         """Bytes: most that the process has held in RAM, and what is in use on the GPUs now."""
@@ -110,23 +109,8 @@ def describe(subject: Subject, workload: Workload, model: str) -> dict[str, Any]
         "model": model,
         "architecture": subject.model_config.architecture,
         "options": asdict(subject.config),
-        "workload": {
-            "name": workload.name,
-            "requests": len(workload),
-            "input_tokens": workload.input_tokens,
-            "output_tokens": workload.output_tokens,
-            "seed": workload.seed,
-        },
+        "workload": workload.describe(),
     }
-
-
-def finite(value: Any) -> Any:
-    """For JSON: NaN, which it does not have, becomes null, however deep."""
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _peak_rss() -> int:

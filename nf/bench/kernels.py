@@ -7,18 +7,15 @@ kernel's speed over the reference's: 1 is as fast, and a floor is the least it s
 from __future__ import annotations
 
 import importlib
-import json
 import math
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Literal
 
-from nf.bench.measure import Call, Measurement, measure
+from nf.bench import cublas
+from nf.bench.environment import environment
+from nf.bench.measure import Call, Measurement, measure, need_cupy
 from nf.kernels.compile import Artifact
 from nf.kernels.registry import all_sources, artifacts
 from nf.kernels.source import KernelSource
@@ -75,10 +72,7 @@ class Bench:
 
     def normal(self, *shape: int, scale: float = 1.0) -> Any:
         """Normal random numbers as bf16 (cupy uint16 holding the bits)."""
-        import cupy
-
-        bits = (cupy.random.standard_normal(shape, dtype=cupy.float32) * scale).view(cupy.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(cupy.uint16)
+        return normal(*shape, scale=scale)
 
     def rotate(self, make: Callable[[], Call], bytes_per_call: int, *, at_least: int = 256 << 20) -> list[Call]:
         """Calls on enough sets of buffers that the L2 cache cannot hold what the next one reads."""
@@ -137,16 +131,24 @@ class Bench:
         return {}
 
 
-def run(only: list[str], progress: Callable[[Row], None]) -> list[Row]:
-    """All rows of the chosen cases (all if none is named), each handed to ``progress`` as it is measured."""
+def normal(*shape: int, scale: float = 1.0) -> Any:
+    """Normal random numbers as bf16 (cupy uint16 holding the bits)."""
+    import cupy
+
+    bits = (cupy.random.standard_normal(shape, dtype=cupy.float32) * scale).view(cupy.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(cupy.uint16)
+
+
+def run(only: list[str]) -> Iterator[Row]:
+    """The rows of the chosen cases, of all if none is named, as they are measured.
+
+    Raises:
+        NfError: cupy is not installed.
+    """
+    need_cupy()
     bench = Bench(all_sources())
-    rows = []
     for name in only or CASES:
-        cases: Iterator[Row] = importlib.import_module(f"nf.bench.{name}_cases").rows(bench)
-        for row in cases:
-            progress(row)
-            rows.append(row)
-    return rows
+        yield from importlib.import_module(f"nf.bench.{name}_cases").rows(bench)
 
 
 def line(row: Row) -> str:
@@ -162,40 +164,9 @@ def line(row: Row) -> str:
 
 
 def record(rows: list[Row]) -> dict[str, Any]:
-    """The rows with where and when they were measured, for a JSON file."""
+    """The rows with where and when they were measured."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment(),
+        "benchmark": "kernels",
+        "environment": environment() | {"cublas": cublas.version()},
         "rows": [asdict(row) | {"rate": row.rate, "holds": row.holds} for row in rows],
     }
-
-
-def environment() -> dict[str, Any]:
-    """GPU, driver, versions and commit."""
-    import cupy
-
-    from nf import __version__
-
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    return {
-        "gpu": properties["name"].decode(),
-        "driver": cupy.cuda.runtime.driverGetVersion(),
-        "runtime": cupy.cuda.runtime.runtimeGetVersion(),
-        "cublas": cupy.cuda.cublas.getVersion(cupy.cuda.Device().cublas_handle),
-        "cupy": cupy.__version__,
-        "nf": __version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def write(rows: list[Row], path: Path) -> None:
-    path.write_text(json.dumps(record(rows), indent=1) + "\n")

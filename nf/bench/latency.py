@@ -61,9 +61,8 @@ async def run_rate(
     prompts, params = subject.requests(workload, detokenize=detokenize)
     arrivals = poisson_arrivals(len(workload), rate, workload.seed)
     subject.log.start()
-    joules = subject.energy()
-    all_times = await _replay(llm, prompts, params, arrivals, finished)
-    joules = subject.energy() - joules
+    with subject.power_meter() as meter:
+        all_times = await _replay(llm, prompts, params, arrivals, finished)
     seconds = max(arrival + one.latency for arrival, one in zip(arrivals.tolist(), all_times, strict=True))
     tokens = workload.input_tokens + workload.output_tokens
     return {
@@ -71,7 +70,8 @@ async def run_rate(
         "achieved_rate": len(workload) / seconds,
         "seconds": seconds,
         "output_tokens_per_second": workload.output_tokens / seconds,
-        "joules_per_token": joules / tokens,
+        "joules_per_token": meter.watts * seconds / tokens,
+        "watts": meter.watts,
         **summaries(all_times),
         "steps": {"count": len(subject.log.records)},
     }

@@ -8,11 +8,13 @@ between two of its steps.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from nf.bench.power import PowerMeter
+from nf.errors import NfError
 
 WARM_SECONDS = 0.4
 RUN_SECONDS = 0.5
@@ -33,6 +35,12 @@ class Measurement:
     @property
     def watts(self) -> float:
         return self.joules / self.seconds
+
+
+def need_cupy() -> None:
+    """Raise NfError if cupy, which times and compares, is not installed."""
+    if importlib.util.find_spec("cupy") is None:
+        raise NfError("cupy is not installed (pip install 'nf[cuda]')")
 
 
 def measure(

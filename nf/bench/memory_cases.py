@@ -19,6 +19,8 @@ FLOOR = 0.85
 
 
 def rows(bench: Bench) -> Iterator[Row]:
+    table = bench.normal(VOCAB, HIDDEN)
+
     def row(kernel: str, case: str, work: int, make: Callable[[], Call]) -> Row:
         measured = measure(bench.rotate(make, work))
         rate = work / measured.seconds
@@ -34,7 +36,7 @@ def rows(bench: Bench) -> Iterator[Row]:
             make = partial(_rope, bench, tokens, what == "decodes")
             yield row("rope_append", f"{tokens} tokens, 32/8 heads, {what}", tokens * width * 4, make)
         for what in ("decodes", "prompts"):
-            make = partial(_embed, bench, tokens, what == "decodes")
+            make = partial(_embed, bench, table, tokens, what == "decodes")
             yield row("gather", f"embed, {tokens} tokens, {what}", 2 * row_bytes, make)
     gathered = partial(_norm, bench, 1024, "gather", 4096)
     yield row("gather", "1024 of 4096 rows, normed", 1024 * HIDDEN * 4, gathered)
@@ -93,12 +95,12 @@ def _rope(bench: Bench, tokens: int, decodes: bool) -> Call:
     return call
 
 
-def _embed(bench: Bench, tokens: int, decodes: bool) -> Call:
+def _embed(bench: Bench, table: Any, tokens: int, decodes: bool) -> Call:
     """Decodes, whose ids are in the token buffer, or prompts, whose ids are given."""
     import cupy
 
     kernel = gather.Embed(bench.artifacts(gather.sources()), HIDDEN, POSITIONS)
-    table, hidden = _table(bench), cupy.empty((tokens, HIDDEN), cupy.uint16)
+    hidden = cupy.empty((tokens, HIDDEN), cupy.uint16)
     buffer = cupy.asarray(np.random.default_rng(0).integers(0, VOCAB, (256, POSITIONS)).astype(np.int32))
     ids = cupy.full(tokens, -1, cupy.int32) if decodes else cupy.random.randint(0, VOCAB, tokens).astype(cupy.int32)
     slots = (cupy.arange(tokens) % 256).astype(cupy.int32)
@@ -112,9 +114,3 @@ def _embed(bench: Bench, tokens: int, decodes: bool) -> Call:
         )  # fmt: skip
 
     return call
-
-
-def _table(bench: Bench, _made: dict[int, Any] = {}) -> Any:  # noqa: B006 - one table for all calls
-    if id(bench) not in _made:
-        _made[id(bench)] = bench.normal(VOCAB, HIDDEN)
-    return _made[id(bench)]

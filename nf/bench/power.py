@@ -1,4 +1,4 @@
-"""Power while something runs, by the card's energy counter, which moves about ten times a second."""
+"""Power while something runs, by the cards' energy counters, which move about ten times a second."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import time
 
 from nf.bench.card import energy
 
-POLL_SECONDS = 0.002  # between readings
+POLL_SECONDS = 0.002
+ENGINE_POLL_SECONDS = 0.02  # beside an engine, whose host work should not be disturbed, and for seconds at least
 
 
 class PowerMeter:
-    """Average power of a GPU while the block runs, from the first to the last step of its energy counter in there.
+    """Average power of GPUs while the block runs, from the first to the last step of each energy counter in there.
 
-    Reading the counter only at both ends would be off by up to a step at each, a fifth of half a second.
+    Reading the counters only at both ends would be off by up to a step at each, a fifth of half a second.
 
     Args:
-        ordinal: the GPU, as CUDA numbers it.
+        ordinals: the GPUs, as CUDA numbers them; their powers are added.
+        poll_seconds: between readings.
     """
 
-    def __init__(self, ordinal: int) -> None:
-        self._ordinal = ordinal
-        self._steps: list[tuple[float, float]] = []  # (seconds, joules)
+    def __init__(self, *ordinals: int, poll_seconds: float = POLL_SECONDS) -> None:
+        self._poll_seconds = poll_seconds
+        self._steps: dict[int, list[tuple[float, float]]] = {gpu: [] for gpu in ordinals}  # (seconds, joules)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="power meter", daemon=True)
 
@@ -35,16 +37,22 @@ class PowerMeter:
 
     @property
     def watts(self) -> float:
-        """NaN where the driver does not tell, or the block saw fewer than two steps, which takes up to 0.3 s."""
-        if len(self._steps) < 2:
-            return float("nan")
-        (start, before), (end, after) = self._steps[0], self._steps[-1]
-        return (after - before) / (end - start)
+        """NaN without GPUs, where the driver does not tell, or if the block saw fewer than two steps, which takes up
+        to 0.3 s."""
+        return sum(map(_watts, self._steps.values())) if self._steps else float("nan")
 
     def _watch(self) -> None:
-        last = energy(self._ordinal)
-        while not self._done.wait(POLL_SECONDS):
-            joules = energy(self._ordinal)
-            if joules > last:
-                self._steps.append((time.perf_counter(), joules))
-                last = joules
+        last = {gpu: energy(gpu) for gpu in self._steps}
+        while self._steps and not self._done.wait(self._poll_seconds):
+            for gpu, steps in self._steps.items():
+                joules = energy(gpu)
+                if joules > last[gpu]:
+                    steps.append((time.perf_counter(), joules))
+                    last[gpu] = joules
+
+
+def _watts(steps: list[tuple[float, float]]) -> float:
+    if len(steps) < 2:
+        return float("nan")
+    (start, before), (end, after) = steps[0], steps[-1]
+    return (after - before) / (end - start)

@@ -24,7 +24,7 @@ class Run:
 
     Args:
         start, end: before the first request was given and after the last one was finished; monotonic clock, seconds.
-        joules: of the GPUs in between; NaN if unknown.
+        watts: of the GPUs in between, on average; NaN if unknown.
         outputs: of every request.
         steps: the engine's.
         batch: a step of the steady part.
@@ -34,7 +34,7 @@ class Run:
 
     start: float
     end: float
-    joules: float
+    watts: float
     outputs: list[RequestOutput]
     steps: list[StepRecord]
     batch: Batch | None
@@ -70,12 +70,12 @@ def run(
 
     prompts, params = subject.requests(workload, detokenize=detokenize)
     subject.log.start(keep_after=(workload.input_tokens + workload.output_tokens) // 2)
-    joules, start = subject.energy(), time.monotonic()
-    outputs = llm.generate(prompts, params, use_tqdm=show)
-    end = time.monotonic()
-    joules = subject.energy() - joules
+    with subject.power_meter() as meter:
+        start = time.monotonic()
+        outputs = llm.generate(prompts, params, use_tqdm=show)
+        end = time.monotonic()
     steps, batch = list(subject.log.records), subject.log.kept
-    return Run(start, end, joules, outputs, steps, batch, subject.memory(), first_token)
+    return Run(start, end, meter.watts, outputs, steps, batch, subject.memory(), first_token)
 
 
 def results(run: Run, subject: Subject, workload: Workload, ceilings: Ceilings | None) -> dict[str, Any]:
@@ -92,8 +92,8 @@ def results(run: Run, subject: Subject, workload: Workload, ceilings: Ceilings |
         "requests_per_second": len(workload) / run.seconds,
         "tokens_per_second": {"input": in_ / run.seconds, "output": out / run.seconds, "total": total},
         "steady": None if middle is None else asdict(middle),
-        "joules_per_token": run.joules / (in_ + out),
-        "watts": run.joules / run.seconds,
+        "joules_per_token": run.watts * run.seconds / (in_ + out),
+        "watts": run.watts,
         "active_parameters": active_parameters(model),
         "ceilings": None if ceilings is None else _against(ceilings, subject, workload, total),
         **summaries(all_times),

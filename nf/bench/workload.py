@@ -47,6 +47,16 @@ class Workload:
     def output_tokens(self) -> int:
         return int(self.output_lens.sum())
 
+    def describe(self) -> dict[str, int | str]:
+        """For a record: what tells it from other work."""
+        return {
+            "name": self.name,
+            "requests": len(self),
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "seed": self.seed,
+        }
+
     def prompts(self, vocab_size: int) -> list[list[int]]:
         """Token ids of each prompt, uniform over the vocabulary; equal for equal lengths, seed and vocabulary."""
         token_ids = np.random.default_rng([self.seed, 1]).integers(0, vocab_size, self.input_tokens)

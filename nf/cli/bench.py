@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nf.cli import bench_engine
+from nf.cli.files import check_writable
 from nf.cli.parser import add_common_options
 
 _DESCRIPTION = """\
@@ -18,7 +19,7 @@ _EXAMPLES = """\
 examples:
   nf bench throughput                           the bundled model
   nf bench latency ./llama --request-rate 1 2 4 8
-  nf bench kernels --only gemm --output gemm.json
+  nf bench kernels --only gemm --json gemm.json
 """
 
 _KERNELS_DESCRIPTION = """\
@@ -30,7 +31,7 @@ over the reference's.
 _KERNELS_EXAMPLES = """\
 examples:
   nf bench kernels                              all of them
-  nf bench kernels --only gemm --output gemm.json
+  nf bench kernels --only gemm --json gemm.json
 """
 
 
@@ -48,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
         "--only", action="append", default=[], metavar="NAME",
         help="gemm, moe, decode_attention, prefill_attention, memory or sampling; may be repeated",
     )  # fmt: skip
-    kernels.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the rows as JSON as well")
+    kernels.add_argument("--json", type=Path, metavar="FILE", help="write a record of everything")
     for command in commands.choices.values():
         add_common_options(command)
 
@@ -60,19 +61,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    from nf.bench.kernels import CASES, line, run, write
-    from nf.device_choice import gpu_devices
+    from nf.bench.environment import write_record
+    from nf.bench.kernels import CASES, Row, line, record, run
+    from nf.device_choice import choose_device
     from nf.errors import InputError, NfError
 
     for name in args.only:
         if name not in CASES:
             raise InputError("--only", f"must be one of {', '.join(CASES)}, not {name!r}")
-    gpus, reason = gpu_devices()
-    if not gpus:
-        raise NfError(f"needs a GPU: {reason}")
-    rows = run(args.only, lambda row: print(line(row), flush=True))
-    missed = sum(not row.holds for row in rows)
-    print(f"{len(rows)} cases, {missed} below their floor", file=sys.stderr)
-    if args.output:
-        write(rows, args.output)
+    check_writable("--json", args.json)
+    choice = choose_device("auto")
+    if choice.name != "cuda":
+        raise NfError(f"needs a GPU: {choice.reason}")
+    rows: list[Row] = []
+    try:
+        for row in run(args.only):
+            print(line(row), flush=True)
+            rows.append(row)
+    finally:  # what was measured is kept, whatever comes
+        if args.json is not None and rows:
+            write_record(args.json, record(rows))
+    print(f"{len(rows)} cases, {sum(not row.holds for row in rows)} below their floor", file=sys.stderr)
     return 0

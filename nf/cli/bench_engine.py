@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nf.cli.files import check_writable
 from nf.cli.options import add_engine_options, engine_options, named_by_flag
 from nf.cli.workload_options import add_workload_options, read_workload
 from nf.errors import InputError
@@ -80,10 +81,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def throughput(args: argparse.Namespace) -> int:
-    """Measure throughput; every error of the options is found before the model is loaded."""
+    """Measure throughput."""
     subject, workload = _prepare(args)
-    from nf.bench.engine import describe, finite
-    from nf.bench.environment import environment
+    from nf.bench.engine import describe
+    from nf.bench.environment import environment, finite, write_record
     from nf.bench.report import throughput_lines
     from nf.bench.throughput import results, run
     from nf.llm import LLM
@@ -98,7 +99,8 @@ def throughput(args: argparse.Namespace) -> int:
         from nf.bench.timeline import write_timeline
 
         write_timeline(spans, args.trace_out, f"one step of {_name(args)}")
-    _write(args, record)
+    if args.json is not None:
+        write_record(args.json, record)
     return 0
 
 
@@ -114,36 +116,38 @@ def latency(args: argparse.Namespace) -> int:
     from nf.bench.environment import environment
 
     record = {"benchmark": "latency", "environment": environment(), **describe(subject, workload, _name(args))}
-    record["results"] = {"rates": asyncio.run(_rates(args, subject, workload, record)), "startup": subject.startup}
-    _write(args, record)
+    record["results"] = {"rates": [], "startup": subject.startup}
+    asyncio.run(_measure_rates(args, subject, workload, record))
     return 0
 
 
-async def _rates(
+async def _measure_rates(
     args: argparse.Namespace, subject: Subject, workload: Workload, record: dict[str, Any]
-) -> list[dict[str, Any]]:
+) -> None:
+    """Measure, print and record each rate."""
     from tqdm import tqdm
 
-    from nf.bench.engine import finite
+    from nf.bench.environment import finite, write_record
     from nf.bench.latency import run_rate, warm_up
     from nf.bench.report import latency_line, latency_title
     from nf.llm import AsyncLLM
 
     hide = args.quiet or not sys.stderr.isatty()
-    results = []
+    rates = record["results"]["rates"]
     async with AsyncLLM(subject.loaded) as llm:
         await warm_up(llm, subject, workload)
         print("\n".join(latency_title(record)), flush=True)
         for rate in args.request_rate:
             with tqdm(total=len(workload), desc=f"{rate:g}/s", unit=" requests", disable=hide, leave=False) as bar:
                 result = await run_rate(llm, subject, workload, rate, detokenize=args.detokenize, finished=bar.update)
-            results.append(finite(result))
-            print(latency_line(results[-1]), flush=True)
-    return results
+            rates.append(finite(result))
+            print(latency_line(rates[-1]), flush=True)
+            if args.json is not None:  # at once: a later rate may be stopped
+                write_record(args.json, record)
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Subject, Workload]:
-    """The model, loaded, and its work; what can be wrong with the options is said before."""
+    """The model, loaded, and its work; what is wrong with the options, whatever the model, is said before."""
     start = time.perf_counter()
     from nf.bench.engine import subject
 
@@ -151,8 +155,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Subject, Workload]:
     if getattr(args, "num_warmups", 1) < 1:
         raise InputError("--num-warmups", f"must be at least 1, not {args.num_warmups}")
     for flag, path in (("--json", args.json), ("--trace-out", getattr(args, "trace_out", None))):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise InputError(flag, f"{path} cannot be written: it is a folder or its folder is not there")
+        check_writable(flag, path)
     if args.shape is not None and not args.random_weights:
         raise InputError("--shape", "names a model without weights; add --random-weights")
     workload, options = read_workload(args), engine_options(args)
@@ -181,15 +184,8 @@ def _ceilings(subject: Subject) -> Any:
     try:
         return measure_ceilings(subject.model_config, subject.config.max_num_batched_tokens, subject.gpus)
     except Exception as error:  # whatever it is, the run before it is worth its record
-        print(f"nf bench: the ceilings could not be measured: {error}", file=sys.stderr)
+        print(f"nf bench throughput: the ceilings could not be measured: {error}", file=sys.stderr)
         return None
-
-
-def _write(args: argparse.Namespace, record: dict[str, Any]) -> None:
-    if args.json is not None:
-        import json
-
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _name(args: argparse.Namespace) -> str:

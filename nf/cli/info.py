@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nf.config import ModelConfig
-
-_PACKAGES = ("numpy", "ml_dtypes", "safetensors", "tokenizers", "minijinja", "tqdm", "huggingface_hub")
-_CUDA_PACKAGES = ("cuda-python", "cuda-bindings", "cuda-core", "cupy-cuda13x", "nvidia-cutlass-dsl")
 
 _EPILOG = """\
 examples:
@@ -56,19 +51,10 @@ def collect(model: str | None = None) -> dict[str, Any]:
     Raises:
         ModelError: there is no such model, or it cannot be run at all.
     """
-    from nf.device_choice import gpu_devices
     from nf.kernels.compile import cache_dir
+    from nf.machine import machine
 
-    gpus, _ = gpu_devices()
-    return {
-        "versions": {
-            "nf": _version("nf"),
-            "python": platform.python_version(),
-            **{name: _version(name) for name in (*_PACKAGES, *_CUDA_PACKAGES)},
-        },
-        "platform": platform.platform(),
-        "cpu": {"name": _cpu_name(), "cores": _cpu_cores(), "memory": _cpu_memory(), "blas": _blas()},
-        "gpus": gpus,
+    return machine() | {
         "executor": _executor(model),
         "kernels": _kernels(),
         "cache_dir": str(cache_dir()),
@@ -111,47 +97,11 @@ def _bundled_model() -> dict[str, Any] | None:
     return {"name": BUNDLED_MODEL, "path": str(BUNDLED_DIR), "size": size}
 
 
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _cpu_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _blas() -> str:
-    """The library behind NumPy's matrix products, which decides the CPU executor's speed."""
-    import numpy
-
-    blas = numpy.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[call-overload,unused-ignore]
-    return f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
-
-
 def _lines(found: dict[str, Any]) -> list[str]:
     versions = dict(found["versions"])
     cpu = found["cpu"]
     rows = [
-        ("nf", versions.pop("nf") or "not installed"),
+        ("nf", versions.pop("nf")),
         ("python", f"{versions.pop('python')}, {sys.executable}"),
         ("system", found["platform"]),
         ("packages", ", ".join(f"{name} {v}" for name, v in versions.items() if v)),

@@ -34,3 +34,19 @@ def test_no_steps_no_power(monkeypatch: pytest.MonkeyPatch, joules: float) -> No
     with power.PowerMeter(0) as meter:
         time.sleep(0.02)
     assert math.isnan(meter.watts)
+
+
+def test_powers_of_several_gpus_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.perf_counter()
+    monkeypatch.setattr(
+        power, "energy", lambda gpu: 100.0 * (gpu + 1) * math.floor((time.perf_counter() - start) / 0.02) * 0.02
+    )
+    with power.PowerMeter(0, 1) as meter:
+        time.sleep(0.5)
+    assert meter.watts == pytest.approx(300.0, rel=0.3)  # the machine may be busy with other things
+
+
+def test_no_gpu_no_power() -> None:
+    with power.PowerMeter() as meter:
+        pass
+    assert math.isnan(meter.watts)
