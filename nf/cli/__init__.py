@@ -1,4 +1,4 @@
-"""The command line: ``nf generate``, ``nf plan``, ``nf info``."""
+"""The command line, ``nf``; one file per command."""
 
 from nf.cli.main import main
 

@@ -6,6 +6,7 @@ that take long to import are imported by the commands when they run, so that ``-
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import signal
@@ -35,7 +36,9 @@ examples:
   nf generate -p "def read_lines(path):"        stream text from the bundled model
   nf generate ./llama -p "Hello" --max-tokens 64
   nf generate ./llama --prompts-file prompts.jsonl --output results.jsonl
-  nf plan show sequential                       what runs when, and on which stream
+  nf bench throughput                           tokens per second of the bundled model
+  nf plan show nano-batch                       what runs when, and on which stream
+  nf plan estimate llama-3-8b --gpu h200        what bounds a model on a machine
   nf compile --arch sm_90a --out kernels        the GPU kernels as a bundle, made on any machine
   nf info                                       versions, devices, what would be used and why
 
@@ -78,8 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        print(f"nf {args.command}: {_sentence(error)}", file=sys.stderr)
+        print(f"{_name(args)}: {_sentence(error)}", file=sys.stderr)
         return USAGE if isinstance(error, InputError) else FAILED
+
+
+def _name(args: argparse.Namespace) -> str:
+    """The command as it was called: "nf plan search"."""
+    words = ("nf", args.command, getattr(args, f"{args.command}_command", None))
+    return " ".join(word for word in words if word)
 
 
 def _sentence(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Options of `nf generate`: SamplingParams and EngineConfig as flags. A flag left out is left to the model."""
+"""Options that commands share: SamplingParams and EngineConfig as flags. A flag left out is left to the model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="auto, bfloat16, float16 or float32",
     )
     _number(group, "--max-model-len", _integer, "N", "most tokens of prompt and text together")
-    _number(group, "--max-num-seqs", _integer, "N", "most sequences running at a time (default 256, GPU 1024)")
+    _number(group, "--max-num-seqs", _integer, "N", "most sequences running at a time (default 256, GPU 2048)")
     _number(group, "--max-num-batched-tokens", _integer, "N", "size of the dense batch, tokens per step")
     _number(group, "--gpu-memory-utilization", _real, "X", "share of the GPU's memory to use")
     _number(group, "--page-size", _integer, "N", "tokens per page of the KV cache")

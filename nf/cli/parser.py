@@ -82,4 +82,6 @@ def _kind(word: str) -> str:
 
 def _tidy(message: str) -> str:
     """argparse's `argument --x: invalid …` in this project's form: the field, then the sentence."""
-    return re.sub(r"^argument ([^:]+): ", lambda m: m[1].split("/")[-1].strip() + ": ", message)
+    message = re.sub(r"^argument ([^:]+): ", lambda m: m[1].split("/")[-1].strip() + ": ", message)
+    message = re.sub(r"invalid int value: (.*)$", r"must be an integer, not \1", message)
+    return re.sub(r"invalid float value: (.*)$", r"must be a number, not \1", message)

@@ -124,7 +124,7 @@ def test_lengths_from_a_trace(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_in_one_sentence(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(*args) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"nf bench: {said}")
+    assert printed.err.startswith(f"nf bench {args[0]}: {said}")
     assert printed.err.count("\n") == 1
     assert printed.out == ""
 

@@ -229,7 +229,7 @@ def test_info_as_text_and_as_json(capsys: pytest.CaptureFixture[str], monkeypatc
     ("argv", "said"),
     [
         (["compile", "--arch", "sm_80"], "nf compile: arch: must be one of sm_90a, not 'sm_80'\n"),
-        (["bench", "kernels", "--only", "gem"], "nf bench: --only: must be one of gemm, moe, decode_attention, "),
+        (["bench", "kernels", "--only", "gem"], "nf bench kernels: --only: must be one of gemm, moe, decode_attention, "),
     ],
 )
 def test_kernel_commands_name_what_they_do_not_know(
