@@ -12,16 +12,19 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from nf.errors import NfError
 from nf.kernels.compile import Artifact
+from nf.kernels.device import CudaError, DeviceMemoryError, checked, free_memory
 from nf.kernels.source import LAUNCHER, ParameterKind
 
 _FORMATS: dict[ParameterKind, str] = {"pointer": "Q", "int32": "i", "int64": "q", "float32": "f"}
 """Of ``struct``, in the machine's own sizes and alignment."""
 
 
-class LaunchError(NfError, RuntimeError):
-    """The driver refused to load or to launch a kernel."""
+_OUT_OF_MEMORY = 2  # of the driver and of the runtime alike
+
+
+class LaunchError(CudaError):
+    """A kernel cannot be loaded or launched."""
 
 
 class CuteKernel:
@@ -59,7 +62,7 @@ class CuteKernel:
 
     def _check(self, doing: str) -> None:
         if self._status.value:
-            raise LaunchError(f"{self.name}: {doing} it failed with CUDA error {self._status.value}")
+            raise _refusal(self.name, doing, self._status.value)
 
 
 class CudaKernel:
@@ -70,11 +73,11 @@ class CudaKernel:
 
         self.name = artifact.source.name
         self.shared_bytes = shared_bytes
-        self._library = _checked(driver.cuLibraryLoadFromFile(str(artifact.path).encode(), [], [], 0, [], [], 0))
-        kernel = _checked(driver.cuLibraryGetKernel(self._library, artifact.source.entry.encode()))
+        self._library = checked(driver.cuLibraryLoadFromFile(str(artifact.path).encode(), [], [], 0, [], [], 0))
+        kernel = checked(driver.cuLibraryGetKernel(self._library, artifact.source.entry.encode()))
         if shared_bytes > 48 * 1024:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, _current_device()))
+            checked(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, _current_device()))
         self._set_arguments, addresses = _arguments(artifact.source.parameters)
         self._config = _LaunchConfig()
         self._pdl = (_LaunchAttribute * 1)(_LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,)))
@@ -99,7 +102,7 @@ class CudaKernel:
             self._place(*placed)
         status = self._launch()
         if status:
-            raise LaunchError(f"{self.name}: launching it failed with CUDA error {status}")
+            raise _refusal(self.name, "launching", status)
 
     def _place(self, grid: int, block: int, stream: int, pdl: bool) -> None:
         """Attributes of a ctypes structure are slow to set, and seldom change."""
@@ -153,17 +156,16 @@ def _addresses(*cells: Any) -> Any:
     return (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
-    status, *values = result
-    if int(status):
-        raise LaunchError(f"the CUDA driver answered {status.name}")
-    return values[0] if values else None
+def _refusal(name: str, doing: str, status: int) -> CudaError:
+    if status == _OUT_OF_MEMORY:
+        return DeviceMemoryError(f"{name}: {doing} it needs more GPU memory than there is: {free_memory()}")
+    return LaunchError(f"{name}: {doing} it failed with CUDA error {status}")
 
 
 def _current_device() -> int:
     from cuda.bindings import driver
 
-    return int(_checked(driver.cuCtxGetDevice()))
+    return int(checked(driver.cuCtxGetDevice()))
 
 
 @functools.cache
@@ -172,7 +174,7 @@ def device_sms() -> int:
     from cuda.bindings import driver
 
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-    return int(_checked(driver.cuDeviceGetAttribute(attribute, _current_device())))
+    return int(checked(driver.cuDeviceGetAttribute(attribute, _current_device())))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ Capacities are upper bounds that scheduler and request limits guarantee, so no s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from operator import attrgetter
 from typing import Any
 
@@ -54,7 +55,7 @@ class StepInputs:
         ranges: (start, stop) of the dense batch; ``count`` points to how many rows each has.
 
     Raises:
-        DeviceMemoryError: there is no room for them.
+        CudaError: there is no room for them; nothing stays allocated.
     """
 
     def __init__(
@@ -76,21 +77,24 @@ class StepInputs:
         usual = _usual_arrays(len(COUNTS) + len(unique), dense_batch_size, max_num_seqs, max_pages)
         extra = _extra_arrays(dense_batch_size, max_num_seqs, num_host_pages)
         self._usual, self._extra = ArrayLayout(usual), ArrayLayout(extra)
-        self._memory = DeviceMemory(self._usual.num_bytes + self._extra.num_bytes, "the inputs of a step")
-        self._memory.zero()
+        self._names = [name for name, *_ in usual[1:]]
+        self._arrays_of = attrgetter(*self._names)
+        self._extra_names = [name for name, *_ in extra]
+        self._extras_of = attrgetter(*self._extra_names)
+        with ExitStack() as undo:
+            self._memory = DeviceMemory(self._usual.num_bytes + self._extra.num_bytes, "the inputs of a step")
+            undo.callback(self._memory.free)
+            self._memory.zero()
+            self._ring = [_Staging(self._usual, self._names, undo) for _ in range(RING)]
+            self._undo = undo.pop_all()
+        self._next = 0
+
         self.pointers = self._usual.pointers(self._memory.pointer)
         self.pointers |= self._extra.pointers(self._memory.pointer + self._usual.num_bytes)
         self.pointers |= {name: self.pointers["counts"] + 4 * index for index, name in enumerate(COUNTS)}
         self.sampling = SamplingArrays(
             self.pointers["num_samples"], *(self.pointers[f"sampling.{name}"] for name in SamplingArrays._fields[1:])
         )
-
-        self._names = [name for name, *_ in usual[1:]]
-        self._arrays_of = attrgetter(*self._names)
-        self._extra_names = [name for name, *_ in extra]
-        self._extras_of = attrgetter(*self._extra_names)
-        self._ring = [_Staging(self._usual, self._names) for _ in range(RING)]
-        self._next = 0
 
     def count(self, start: int, stop: int) -> int:
         """Device pointer to int32 [1]: how many of the step's rows are in [start, stop), one of ``ranges``."""
@@ -116,10 +120,7 @@ class StepInputs:
 
     def free(self) -> None:
         """Give all memory back; idempotent. No copy may be under way."""
-        for staging in self._ring:
-            staging.free()
-        self._ring = []
-        self._memory.free()
+        self._undo.close()
 
     def _count(self, batch: Batch, counts: NDArray[np.int32]) -> None:
         num_tokens = batch.num_tokens
@@ -144,15 +145,18 @@ class StepInputs:
 
 
 class _Staging:
-    """Pinned memory for one step's arrays, and when it may be filled again."""
+    """Pinned memory for one step's arrays, and when it may be filled again; ``undo`` frees them."""
 
-    def __init__(self, layout: ArrayLayout, names: Sequence[str]) -> None:
+    def __init__(self, layout: ArrayLayout, names: Sequence[str], undo: ExitStack) -> None:
         self.copied = Event()
+        undo.callback(self.copied.free)
         self.memory = PinnedMemory(layout.num_bytes)
+        undo.callback(self.memory.free)
         views = layout.views(self.memory.array)
         self.counts: NDArray[np.int32] = views["counts"]
         self.views: list[NDArray[Any]] = [views[name] for name in names]
         self._extras = PinnedMemory(FIRST_EXTRAS)
+        undo.callback(self._free_extras)
 
     def extras(self, num_bytes: int) -> PinnedMemory:
         """At least so many bytes more. Sizes double, so that a rising need allocates few times."""
@@ -161,10 +165,8 @@ class _Staging:
             self._extras = PinnedMemory(1 << (num_bytes - 1).bit_length())
         return self._extras
 
-    def free(self) -> None:
-        self.memory.free()
-        self._extras.free()
-        self.copied.free()
+    def _free_extras(self) -> None:
+        self._extras.free()  # perhaps larger than at first
 
 
 def _usual_arrays(num_counts: int, dense_batch_size: int, max_num_seqs: int, max_pages: int) -> list[ArrayShape]:

@@ -7,6 +7,7 @@ prompts in one more.
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -34,22 +35,25 @@ class StepOutputs:
         vocab_size: bounds how many most likely tokens there are.
 
     Raises:
-        DeviceMemoryError: there is no room for them.
+        CudaError: there is no room for them; nothing stays allocated.
     """
 
     def __init__(self, *, max_num_seqs: int, dense_batch_size: int, vocab_size: int) -> None:
         self._most = min(MAX_LOGPROBS, vocab_size)
         self._sampled = ArrayLayout([("token_ids", np.int32, (max_num_seqs,)), *_logprob_arrays(max_num_seqs)])
         self._prompt = ArrayLayout(_logprob_arrays(dense_batch_size))
-        self._memory = DeviceMemory(self._sampled.num_bytes + self._prompt.num_bytes, "the results of a step")
-        self._memory.zero()
+        with ExitStack() as undo:
+            self._memory = DeviceMemory(self._sampled.num_bytes + self._prompt.num_bytes, "the results of a step")
+            undo.callback(self._memory.free)
+            self._memory.zero()
+            self._ring = [_Landing(self._sampled, self._prompt, undo) for _ in range(RING)]
+            self._undo = undo.pop_all()
+        self._next = 0
         sampled = self._sampled.pointers(self._memory.pointer)
         prompt = self._prompt.pointers(self._memory.pointer + self._sampled.num_bytes)
         self.token_ids = sampled["token_ids"]
         self.logprobs = LogprobArrays(*(sampled[name] for name in LogprobArrays._fields))
         self.prompt_logprobs = LogprobArrays(*(prompt[name] for name in LogprobArrays._fields))
-        self._ring = [_Landing(self._sampled, self._prompt) for _ in range(RING)]
-        self._next = 0
 
     def download(self, batch: Batch, stream: int) -> PendingResult:
         """Enqueue copies of what a step has sampled.
@@ -76,10 +80,7 @@ class StepOutputs:
 
     def free(self) -> None:
         """Give all memory back; idempotent. Results not read by now are lost, and no copy may be under way."""
-        for landing in self._ring:
-            landing.free()
-        self._ring = []
-        self._memory.free()
+        self._undo.close()
 
 
 class PendingResult:
@@ -129,18 +130,16 @@ class PendingResult:
 
 
 class _Landing:
-    """Pinned memory for one step's results."""
+    """Pinned memory for one step's results; ``undo`` frees it."""
 
-    def __init__(self, sampled: ArrayLayout, prompt: ArrayLayout) -> None:
+    def __init__(self, sampled: ArrayLayout, prompt: ArrayLayout, undo: ExitStack) -> None:
         self.landed = Event()
+        undo.callback(self.landed.free)
         self.memory = PinnedMemory(sampled.num_bytes + prompt.num_bytes)
+        undo.callback(self.memory.free)
         self.sampled = sampled.views(self.memory.array[: sampled.num_bytes])
         self.prompt = prompt.views(self.memory.array[sampled.num_bytes :])
         self.pending: PendingResult | None = None
-
-    def free(self) -> None:
-        self.memory.free()
-        self.landed.free()
 
 
 def _logprob_arrays(rows: int) -> list[ArrayShape]:

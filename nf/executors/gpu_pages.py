@@ -22,7 +22,7 @@ def page_bytes(config: ModelConfig, page_size: int) -> int:
 class KvPages:
     """[layers, num_pages] pages on the device, zeroed, and [layers, num_host_pages] in pinned host memory.
 
-    Pinning gigabytes takes a second or more, so it is done on the side; the first step that swaps waits for it.
+    Pinning gigabytes takes most of a second, so it is done on the side; the first step that swaps waits for it.
 
     Args:
         device: whose memory it is.
@@ -53,9 +53,14 @@ class KvPages:
         Thread(target=pin, name="nf-pin-host-pages", daemon=True).start()
 
     def move(self, batch: Batch, copy: PageCopy, inputs: dict[str, int], sms: int, stream: int) -> None:
-        """Enqueue the copies of whole pages that a step begins with, if it has any."""
+        """Enqueue the copies of whole pages that a step begins with, if it has any.
+
+        Raises:
+            CudaError: there is no RAM for the host pages; told by the first step that can know, swap or not.
+        """
         here, stride = self.pointer, self.layer_bytes
-        if len(batch.swap_out) or len(batch.swap_in):
+        swaps = len(batch.swap_out) or len(batch.swap_in)
+        if swaps or self._host.done():
             there, host_stride = self._host.result().pointer, self._host_layer_bytes
             if len(batch.swap_out):
                 copy(

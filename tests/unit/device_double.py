@@ -8,7 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from nf.kernels.device import DeviceMemoryError
+
 COPIES: list[int] = []  # bytes of every copy since the double was installed
+LIVE: list[object] = []  # what is allocated now
 _queue: list[Callable[[], None]] = []  # one stream in the order of its work
 
 
@@ -16,6 +19,7 @@ class Memory:
     """Both kinds of memory: host bytes with an address."""
 
     def __init__(self, num_bytes: int, _purpose: str = "") -> None:
+        _allocate(self)
         self.num_bytes = num_bytes
         self.array = np.full(num_bytes, 0xAB, np.uint8)
         self.pointer = self.array.ctypes.data
@@ -27,10 +31,12 @@ class Memory:
     def free(self) -> None:
         self.array[:] = 0xCD  # whoever still uses it sees nonsense
         self.pointer = 0
+        _free(self)
 
 
 class Event:
-    def __init__(self) -> None:
+    def __init__(self, *, timing: bool = False) -> None:
+        _allocate(self)
         self._reached = True
 
     def record(self, _stream: int) -> None:
@@ -45,7 +51,27 @@ class Event:
             _queue.pop(0)()
 
     def free(self) -> None:
-        pass
+        _free(self)
+
+
+_left: list[int] = []  # allocations until one fails; empty: none does
+
+
+def run_out_after(allocations: int) -> None:
+    """Let the allocation after so many more fail."""
+    _left[:] = [allocations]
+
+
+def _allocate(item: object) -> None:
+    if _left:
+        _left[0] -= 1
+        if _left[0] < 0:
+            raise DeviceMemoryError("there is no memory left")
+    LIVE.append(item)
+
+
+def _free(item: object) -> None:
+    LIVE[:] = [other for other in LIVE if other is not item]  # again does nothing
 
 
 def copy(destination: int, source: int, num_bytes: int, _stream: int) -> None:
@@ -66,8 +92,8 @@ def enqueue(work: Callable[[], None]) -> None:
 
 def install(monkeypatch: pytest.MonkeyPatch, module: object) -> None:
     """Let ``module`` use the double instead of the driver."""
-    _queue.clear()
-    COPIES.clear()
+    for state in (_queue, COPIES, LIVE, _left):
+        state.clear()
     doubles = {"DeviceMemory": Memory, "PinnedMemory": Memory, "Event": Event, "copy": copy}
     for name, double in doubles.items():
         monkeypatch.setattr(module, name, double)

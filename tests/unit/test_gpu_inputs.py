@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nf.executors import gpu_inputs
 from nf.executors.gpu_inputs import COUNTS, StepInputs
+from nf.kernels.device import DeviceMemoryError
 from nf.scheduler.batch import Batch, PromptLogprobsBatch
 
 TOKENS, SEQS, MODEL_LEN, PAGE, HOST_PAGES = 24, 6, 40, 8, 7
@@ -27,8 +28,8 @@ def inputs(monkeypatch):
     made.free()
 
 
-def make() -> StepInputs:
-    sizes = {"max_num_seqs": SEQS, "max_model_len": MODEL_LEN, "page_size": PAGE, "num_host_pages": HOST_PAGES}
+def make(num_host_pages: int = HOST_PAGES) -> StepInputs:
+    sizes = {"max_num_seqs": SEQS, "max_model_len": MODEL_LEN, "page_size": PAGE, "num_host_pages": num_host_pages}
     return StepInputs(dense_batch_size=TOKENS, ranges=RANGES, **sizes)
 
 
@@ -176,6 +177,43 @@ def test_the_most_a_step_can_have_fits(monkeypatch):
         device_double.finish()
         check(wide, batch)
     wide.free()
+
+
+def test_without_host_pages_all_else_goes_up(monkeypatch):
+    device_double.install(monkeypatch, gpu_inputs)
+    inputs = make(num_host_pages=0)
+    batch = random_batch(np.random.default_rng(5), 0, extras=True, full=True)
+    for name in ("swap_out", "swap_in"):
+        object.__setattr__(batch, name, np.zeros((0, 2), np.int32))
+    inputs.upload(batch, 0)
+    device_double.finish()
+    check(inputs, batch)
+    inputs.free()
+
+
+def test_whichever_allocation_fails_none_is_left(monkeypatch):
+    device_double.install(monkeypatch, gpu_inputs)
+    inputs = make()
+    count = len(device_double.LIVE)
+    inputs.free()
+    inputs.free()
+    assert device_double.LIVE == []
+    for allocation in range(count):
+        device_double.run_out_after(allocation)
+        with pytest.raises(DeviceMemoryError):
+            make()
+        assert device_double.LIVE == []
+
+
+def test_staging_that_cannot_grow_leaves_nothing(monkeypatch):
+    device_double.install(monkeypatch, gpu_inputs)
+    monkeypatch.setattr(gpu_inputs, "FIRST_EXTRAS", 1)
+    inputs = make()
+    device_double.run_out_after(0)
+    with pytest.raises(DeviceMemoryError):
+        inputs.upload(random_batch(np.random.default_rng(6), 0, extras=True, full=True), 0)
+    inputs.free()
+    assert device_double.LIVE == []
 
 
 @pytest.mark.parametrize(

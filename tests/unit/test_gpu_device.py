@@ -1,0 +1,113 @@
+"""Memory of the GPU and page-locked memory, down to the driver's answers, on a double of the driver."""
+
+from __future__ import annotations
+
+import sys
+from enum import IntEnum
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nf.kernels import device, load
+from nf.kernels.device import CudaError, DeviceMemory, DeviceMemoryError, PinnedMemory, checked
+
+GIB = 1 << 30
+
+
+class Result(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NOT_SUPPORTED = 801
+
+
+class Driver:
+    """Notes calls by name; ``answers`` are those that are not plain success."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.answers: dict[str, Any] = {
+            "cuMemAlloc": (Result.CUDA_SUCCESS, 4096),
+            "cuMemGetInfo": (Result.CUDA_SUCCESS, 3 * GIB // 2, 16 * GIB),
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*_: Any) -> Any:
+            self.calls.append(name)
+            return self.answers.get(name, (Result.CUDA_SUCCESS,))
+
+        return call
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    double = Driver()
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver = double  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    return double
+
+
+def test_values_of_a_call(driver: Driver) -> None:
+    assert checked((Result.CUDA_SUCCESS,)) == ()
+    assert checked((Result.CUDA_SUCCESS, 5)) == 5
+    assert checked((Result.CUDA_SUCCESS, 5, 6)) == (5, 6)
+    with pytest.raises(CudaError, match="^the CUDA driver answered CUDA_ERROR_NOT_SUPPORTED$"):
+        checked((Result.CUDA_ERROR_NOT_SUPPORTED, 5))
+    assert driver.calls == []
+
+
+def test_too_little_memory_says_what_is_needed_and_what_is_free(driver: Driver) -> None:
+    driver.answers["cuMemAlloc"] = (Result.CUDA_ERROR_OUT_OF_MEMORY, 0)
+    with pytest.raises(
+        DeviceMemoryError, match=r"^weights need 2\.25 GiB of GPU memory, and 1\.50 of 16\.00 GiB are fr"
+    ):
+        DeviceMemory(9 * GIB // 4, "weights")
+
+
+def test_too_little_memory_for_what_the_driver_makes_says_what_is_free(driver: Driver) -> None:
+    with pytest.raises(DeviceMemoryError, match=r"needs more GPU memory than there is: 1\.50 of 16\.00 GiB are free$"):
+        checked((Result.CUDA_ERROR_OUT_OF_MEMORY, None))
+    assert str(load._refusal("gemm", "loading", 2)).startswith(
+        "gemm: loading it needs more GPU memory than there is: 1"
+    )
+    driver.answers["cuMemGetInfo"] = (Result.CUDA_ERROR_NOT_SUPPORTED, 0, 0)
+    with pytest.raises(DeviceMemoryError, match="does not say how much is free$"):
+        checked((Result.CUDA_ERROR_OUT_OF_MEMORY, None))
+
+
+def test_what_says_that_it_waits_does(driver: Driver) -> None:
+    """The driver may return from either before the GPU is done."""
+    memory = DeviceMemory(64, "a test").zero()
+    memory.upload(np.zeros(4, np.int32), 16)
+    assert driver.calls == ["cuMemAlloc", "cuMemsetD8", "cuStreamSynchronize", "cuMemcpyHtoD", "cuStreamSynchronize"]
+    with pytest.raises(AssertionError):
+        memory.upload(np.zeros(4, np.int32), 52)
+    memory.free()
+    memory.free()
+    assert driver.calls.count("cuMemFree") == 1
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5, 3 * device._PIECE_BYTES + 7])
+def test_page_locked_memory(driver: Driver, num_bytes: int) -> None:
+    memory = PinnedMemory(num_bytes)
+    assert memory.array.shape == (num_bytes,)
+    assert memory.pointer % 4096 == 0
+    assert not memory.array.any()
+    memory.free()
+    memory.free()
+    assert driver.calls == ["cuMemHostRegister", "cuMemHostUnregister"]
+
+
+def test_ram_that_cannot_be_locked_or_had(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.answers["cuMemHostRegister"] = (Result.CUDA_ERROR_OUT_OF_MEMORY,)
+    with pytest.raises(CudaError, match=r"^0\.25 GiB of RAM cannot be locked for the GPU: CUDA_ERROR_OUT_OF_MEMORY$"):
+        PinnedMemory(GIB // 4)
+
+    def refuse(*_: Any) -> Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(device, "mmap", SimpleNamespace(mmap=refuse, PAGESIZE=4096))
+    with pytest.raises(CudaError, match=r"^4\.00 GiB of RAM cannot be had: Cannot allocate memory$"):
+        PinnedMemory(4 * GIB)
