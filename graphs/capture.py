@@ -23,14 +23,19 @@ LaunchOnStream = Callable[[int], None]
 
 
 class Graph:
-    """An executable CUDA graph. Its kernels' operands must outlive it."""
+    """An executable CUDA graph, made of what was captured, which it destroys. Its kernels' operands must outlive it.
 
-    def __init__(self, graph: object) -> None:
+    Raises:
+        CudaError: the driver cannot make it, for lack of memory for one.
+    """
+
+    def __init__(self, captured: object) -> None:
         from cuda.bindings import driver
 
-        self._graph = graph
-        self.num_nodes = int(checked(driver.cuGraphGetNodes(graph, 0))[1])
-        self._executable = checked(driver.cuGraphInstantiate(graph, 0))
+        try:
+            self._executable = checked(driver.cuGraphInstantiate(captured, 0))
+        finally:
+            driver.cuGraphDestroy(captured)  # the executable is a copy
 
     def launch(self, stream: int) -> None:
         """Enqueue one replay."""
@@ -50,8 +55,7 @@ class Graph:
 
         if self._executable is not None:
             checked(driver.cuGraphExecDestroy(self._executable))
-            checked(driver.cuGraphDestroy(self._graph))
-            self._executable = self._graph = None
+            self._executable = None
 
 
 def capture(
@@ -73,7 +77,7 @@ def capture(
         launch: launches one step.
 
     Raises:
-        CudaError: the driver refused; no capture is left behind.
+        CudaError: the driver refused; neither a capture nor a graph is left behind.
     """
     from cuda.bindings import driver
 
@@ -84,7 +88,9 @@ def capture(
         _launch_all(steps, lanes, origin, launch)
         finish(origin)
     except BaseException:
-        driver.cuStreamEndCapture(origin)  # answers with the error that is on its way already
+        status, captured = driver.cuStreamEndCapture(origin)  # its error, if any, follows from that on its way
+        if not int(status):
+            driver.cuGraphDestroy(captured)
         raise
     return Graph(checked(driver.cuStreamEndCapture(origin)))
 

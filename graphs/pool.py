@@ -27,7 +27,7 @@ def capacities(dense_batch_size: int) -> tuple[int, ...]:
 
 
 class GraphPool:
-    """Graphs by the number of tokens they serve at most."""
+    """Graphs by the number of tokens they serve at most; who made them frees them."""
 
     def __init__(self, graphs: Mapping[int, Graph]) -> None:
         self._capacities = sorted(graphs)
@@ -36,13 +36,3 @@ class GraphPool:
     def for_tokens(self, tokens: int) -> Graph:
         """The smallest graph that serves a batch of ``tokens``, which must be at most the dense batch size."""
         return self._graphs[self._capacities[bisect_left(self._capacities, tokens)]]
-
-    def __len__(self) -> int:
-        return len(self._graphs)
-
-    def free(self) -> None:
-        """Destroy all graphs; none may be running."""
-        for graph in self._graphs.values():
-            graph.free()
-        self._graphs.clear()
-        self._capacities.clear()

@@ -7,6 +7,7 @@ the same step untraced.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from nf.executors.gpu_layers import Layers
 from nf.executors.trace import Span
@@ -18,10 +19,22 @@ from nf.kernels.device import Event, Stream
 
 def capture_traced(layers: Layers, steps: Sequence[LayerStep], lanes: Sequence[Lane], stream: Stream) -> list[Span]:
     """Replay the step whose inputs are on the device, and say when each nano-operation ran."""
+    with ExitStack() as undo:
+        return _replay_timed(layers, steps, lanes, stream, undo)
+
+
+def _replay_timed(
+    layers: Layers, steps: Sequence[LayerStep], lanes: Sequence[Lane], stream: Stream, undo: ExitStack
+) -> list[Span]:
     marks: list[tuple[str, str, Event, Event]] = []
 
+    def event() -> Event:
+        made = Event(timing=True)
+        undo.callback(made.free)
+        return made
+
     def timed(lane: str, name: str, on: int) -> Event:
-        start, end = Event(timing=True), Event(timing=True)
+        start, end = event(), event()
         start.record_in_graph(on)
         marks.append((lane, name, start, end))
         return end
@@ -43,13 +56,9 @@ def capture_traced(layers: Layers, steps: Sequence[LayerStep], lanes: Sequence[L
         end.record_in_graph(on)
 
     graph = capture(steps, lanes, stream.handle, begin=begin, launch=launch, finish=finish)
+    undo.callback(graph.free)
     for _ in range(2):  # the first replay moves the graph to the device
         graph.launch(stream.handle)
         stream.synchronize()
     first = marks[0][2]
-    spans = [Span(lane, name, start.since(first) * 1e6, end.since(start) * 1e6) for lane, name, start, end in marks]
-    graph.free()
-    for _, _, start, end in marks:
-        start.free()
-        end.free()
-    return spans
+    return [Span(lane, name, start.since(first) * 1e6, end.since(start) * 1e6) for lane, name, start, end in marks]

@@ -35,7 +35,7 @@ class Memory:
 
 
 class Event:
-    def __init__(self, *, timing: bool = False) -> None:
+    def __init__(self) -> None:
         _allocate(self)
         self._reached = True
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from itertools import count, pairwise
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from nf.graphs import capture as module
 from nf.graphs.partition import Lane
 from nf.graphs.plan import LayerStep, PipelinePlan, load_plan, unroll
 from nf.graphs.pool import GraphPool, capacities
+from nf.kernels.device import DeviceMemoryError
 
 ORIGIN = 1
 
@@ -100,6 +103,85 @@ def test_a_launch_overlaps_only_the_one_before_it_on_its_lane(monkeypatch: pytes
         for before, after in pairwise(own):
             alone = streams.launched[after] == streams.launched[before] | {before}
             assert overlaps[after] == alone
+
+
+class CaptureDriver:
+    """Answers of the driver to a capture; graphs that are there now, by what they are."""
+
+    def __init__(self, end: int = 0, instantiate: int = 0) -> None:
+        self.capturing = False
+        self.there: list[str] = []
+        self._end, self._instantiate = end, instantiate
+        self.CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
+
+    def cuStreamBeginCapture(self, stream: int, _mode: int) -> Any:  # noqa: N802
+        assert stream == ORIGIN
+        self.capturing = True
+        return (status(0),)
+
+    def cuStreamEndCapture(self, _stream: int) -> Any:  # noqa: N802
+        self.capturing = False
+        if not self._end:
+            self.there.append("captured")
+        return status(self._end), "captured"
+
+    def cuGraphInstantiate(self, graph: str, _flags: int) -> Any:  # noqa: N802
+        assert graph in self.there
+        if not self._instantiate:
+            self.there.append("executable")
+        return status(self._instantiate), "executable"
+
+    def _destroy(self, graph: str) -> Any:
+        self.there.remove(graph)
+        return (status(0),)
+
+    cuGraphDestroy = cuGraphExecDestroy = _destroy  # noqa: N815
+
+    def cuMemGetInfo(self) -> Any:  # noqa: N802
+        return status(0), 1 << 30, 16 << 30
+
+
+class status(int):  # noqa: N801 stands for CUresult
+    name = "CUDA_ERROR_OUT_OF_MEMORY"
+
+
+def capture_with(driver: CaptureDriver, monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> module.Graph:
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver = driver  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+
+    def begin(_stream: int) -> None:
+        assert driver.capturing
+        if fails:
+            raise ValueError("no kernel for this")
+
+    return module.capture(
+        [], [Lane("only", ORIGIN, 132)], ORIGIN, begin=begin, launch=lambda *_: None, finish=lambda _: None
+    )
+
+
+def test_a_graph_is_all_that_capture_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = CaptureDriver()
+    graph = capture_with(driver, monkeypatch)
+    assert (driver.capturing, driver.there) == (False, ["executable"])
+    graph.free()
+    graph.free()
+    assert driver.there == []
+
+
+@pytest.mark.parametrize("end", [0, 901])
+def test_a_launch_that_fails_ends_the_capture(monkeypatch: pytest.MonkeyPatch, end: int) -> None:
+    driver = CaptureDriver(end=end)
+    with pytest.raises(ValueError, match="no kernel"):
+        capture_with(driver, monkeypatch, fails=True)
+    assert (driver.capturing, driver.there) == (False, [])
+
+
+def test_too_little_memory_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = CaptureDriver(instantiate=2)
+    with pytest.raises(DeviceMemoryError, match=r"1\.00 of 16\.00 GiB are free"):
+        capture_with(driver, monkeypatch)
+    assert (driver.capturing, driver.there) == (False, [])
 
 
 @settings(max_examples=50, deadline=None)

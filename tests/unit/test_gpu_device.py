@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nf.kernels import device, load
+from nf.kernels import device
 from nf.kernels.device import CudaError, DeviceMemory, DeviceMemoryError, PinnedMemory, checked
 
 GIB = 1 << 30
@@ -53,27 +53,22 @@ def test_values_of_a_call(driver: Driver) -> None:
     assert checked((Result.CUDA_SUCCESS,)) == ()
     assert checked((Result.CUDA_SUCCESS, 5)) == 5
     assert checked((Result.CUDA_SUCCESS, 5, 6)) == (5, 6)
-    with pytest.raises(CudaError, match="^the CUDA driver answered CUDA_ERROR_NOT_SUPPORTED$"):
+    with pytest.raises(CudaError, match=r"^the CUDA driver answered CUDA_ERROR_NOT_SUPPORTED$"):
         checked((Result.CUDA_ERROR_NOT_SUPPORTED, 5))
     assert driver.calls == []
 
 
 def test_too_little_memory_says_what_is_needed_and_what_is_free(driver: Driver) -> None:
     driver.answers["cuMemAlloc"] = (Result.CUDA_ERROR_OUT_OF_MEMORY, 0)
-    with pytest.raises(
-        DeviceMemoryError, match=r"^weights need 2\.25 GiB of GPU memory, and 1\.50 of 16\.00 GiB are fr"
-    ):
+    with pytest.raises(DeviceMemoryError, match=r"^weights need 2\.25 GiB of GPU memory, and 1\.50 of 16\.00 GiB"):
         DeviceMemory(9 * GIB // 4, "weights")
 
 
 def test_too_little_memory_for_what_the_driver_makes_says_what_is_free(driver: Driver) -> None:
     with pytest.raises(DeviceMemoryError, match=r"needs more GPU memory than there is: 1\.50 of 16\.00 GiB are free$"):
         checked((Result.CUDA_ERROR_OUT_OF_MEMORY, None))
-    assert str(load._refusal("gemm", "loading", 2)).startswith(
-        "gemm: loading it needs more GPU memory than there is: 1"
-    )
     driver.answers["cuMemGetInfo"] = (Result.CUDA_ERROR_NOT_SUPPORTED, 0, 0)
-    with pytest.raises(DeviceMemoryError, match="does not say how much is free$"):
+    with pytest.raises(DeviceMemoryError, match=r"does not say how much is free$"):
         checked((Result.CUDA_ERROR_OUT_OF_MEMORY, None))
 
 

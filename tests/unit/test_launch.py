@@ -12,6 +12,7 @@ import pytest
 
 from nf.kernels import load
 from nf.kernels.compile import Artifact
+from nf.kernels.device import DeviceMemoryError
 from nf.kernels.source import KernelSource
 
 SOURCE = KernelSource(
@@ -68,6 +69,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     bindings = ModuleType("cuda.bindings")
     bindings.driver = SimpleNamespace(  # type: ignore[attr-defined]
         cuLibraryLoadFromFile=lambda *_: (0, object()),
+        cuMemGetInfo=lambda: (0, 1 << 29, 16 << 30),
         cuLibraryGetKernel=lambda _library, entry: (0, KERNEL if entry == b"k" else 0),
     )
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
@@ -103,5 +105,8 @@ def test_the_driver_gets_each_launch_as_it_was_asked_for(driver: Driver) -> None
 def test_a_refused_launch_says_so(driver: Driver) -> None:
     kernel = load.CudaKernel(Artifact(SOURCE, Path("k.cubin"), ()))
     driver.status = 700
-    with pytest.raises(load.LaunchError, match="k: launching it failed with CUDA error 700"):
+    with pytest.raises(load.LaunchError, match=r"^k: launching it failed with CUDA error 700$"):
+        kernel(1, 2, 3, 4.0, 5, 6, grid=1, block=32, stream=0)
+    driver.status = 2
+    with pytest.raises(DeviceMemoryError, match=r"^k: launching it needs .*: 0\.50 of 16\.00 GiB are free$"):
         kernel(1, 2, 3, 4.0, 5, 6, grid=1, block=32, stream=0)
