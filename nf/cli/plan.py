@@ -127,7 +127,7 @@ def _plot(args: argparse.Namespace, plan: PipelinePlan, model: Model) -> None:
         from nf.graphs.plan_store import shape_name
         from nf.planning.loads import loads
         from nf.planning.predict import batch_shape
-        from nf.planning.profile_store import read_profile
+        from nf.planning.profile_file import read_profile
 
         profile = read_profile(Path(args.profile), shape_name(model.config))
         (load,) = loads(plan.dense_batch_size, args.input_len, args.output_len)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nf.kernels.device import Device
     from nf.models.declaration import Model
-    from nf.planning.profile import Filled
-    from nf.planning.profile_store import Profile
+    from nf.planning.profile import Profile
+    from nf.planning.profiling import Filled
 
 DESCRIPTION = """\
 Measure what every nano-operation of a model takes on this machine's GPU: time and energy alone, over
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from nf.cli.estimate import model_config
     from nf.graphs.plan_store import shape_name
     from nf.models.registry import declare
-    from nf.planning.profile_store import read_profile
+    from nf.planning.profile_file import read_profile
 
     check_svg(args.plot)
     model = declare(model_config(args.model))
@@ -99,7 +99,9 @@ def measured_profile(
     """The profile of ``model`` on ``device``, with what is missing measured now."""
     from nf.graphs.plan_store import shape_name
     from nf.planning.gpu_bench import GpuBench, profile_key
-    from nf.planning.profile import (
+    from nf.planning.profile import Profile
+    from nf.planning.profile_file import load_profile, save_profile
+    from nf.planning.profiling import (
         FULL_SECONDS,
         QUICK_SECONDS,
         Filled,
@@ -108,7 +110,6 @@ def measured_profile(
         missing_points,
         quick_extent,
     )
-    from nf.planning.profile_store import Profile, load_profile, save_profile
 
     folder, key, name = profile_folder(), profile_key(device), shape_name(model.config)
     extent = (quick_extent if quick else full_extent)(dense_batch_size, device.sms)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nf.bench.steady_step import Load
     from nf.kernels.device import Device
     from nf.models.declaration import Model
-    from nf.planning.profile_store import Profile
+    from nf.planning.profile import Profile
     from nf.planning.search import Candidate
 
 DESCRIPTION = """\
@@ -97,7 +97,7 @@ def _loads(args: argparse.Namespace, model: Model, device: Device | None) -> lis
 
 def _profile(args: argparse.Namespace, model: Model, device: Device | None) -> Profile | None:
     from nf.graphs.plan_store import shape_name
-    from nf.planning.profile_store import read_profile
+    from nf.planning.profile_file import read_profile
 
     if args.profile is not None:
         return read_profile(Path(args.profile), shape_name(model.config))

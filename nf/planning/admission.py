@@ -14,6 +14,7 @@ from nf.planning.rounds import Rounds
 
 ROUNDS = 12  # played; a steady round is usually reached after three or four
 SAME = 1e-9  # relative
+SLACK = 1e-6  # of a period, within which two moments are the same
 FULL = 1 + 1e-9
 
 
@@ -68,10 +69,27 @@ def admit(rounds: Rounds, seconds: Sequence[float], shares: Sequence[float]) -> 
             used -= shares[item[2]]
     last = ROUNDS - 2  # in the very last round lanes run out of work
     steps = [began[last][i] - began[last - 1][i] for i in range(count)]
-    if max(place) < len(max(lanes, key=len)) or max(steps) - min(steps) > 1e-6 * max(steps):
+    if max(place) < len(max(lanes, key=len)) or max(steps) - min(steps) > SLACK * max(steps):
         return None
     first = min(began[last])
-    return Admitted(max(steps), tuple(start - first for start in began[last]))
+    steady = Admitted(max(steps), tuple(start - first for start in began[last]))
+    return steady if _lasts(rounds, steady, seconds, shares) else None
+
+
+def _lasts(rounds: Rounds, steady: Admitted, seconds: Sequence[float], shares: Sequence[float]) -> bool:
+    """Whether the round can go on for ever. A lane that is rounds ahead has ended when the last rounds of the others
+    are played, so that these find more of the GPU free than they would in the long run."""
+    period, starts = steady.period, steady.starts
+    if any(
+        starts[after] < starts[before] + seconds[before] - (height + SLACK) * period
+        for before, after, height in rounds.edges
+    ):
+        return False
+    spans = [span for span in zip(starts, seconds, shares, strict=True) if span[1] > 0]
+    return all(
+        sum(share for start, length, share in spans if (moment - start + SLACK * period) % period < length) <= FULL
+        for moment, _, _ in spans  # what runs grows only there
+    )
 
 
 def improve_shares(

@@ -8,7 +8,7 @@ from nf.graphs.builtin import lane_of
 from nf.models.operations import Operation
 from nf.planning.interference import Curve, CurvePoint, curve
 from nf.planning.nano_layer import COMPUTE
-from nf.planning.profile_store import Profile
+from nf.planning.profile import Profile
 from nf.planning.svg import GREY, RESOURCE_COLOURS, document, dot, line, text
 
 _SIZE, _LEFT, _TOP, _GAP, _FOOT = 380, 64, 56, 90, 60  # pixels

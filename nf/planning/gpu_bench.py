@@ -35,8 +35,8 @@ from nf.kernels.source import HERE
 from nf.models.declaration import Model
 from nf.models.operations import Rows
 from nf.models.registry import declare
-from nf.planning.profile import LM_HEAD, Extent
-from nf.planning.profile_store import CoRun, Cost, Load, ProfileKey, Sms, SoloKey
+from nf.planning.profile import CoRun, Cost, ProfileKey, Side, Sms, SoloKey
+from nf.planning.profiling import LM_HEAD, Extent
 from nf.scheduler.batch import Batch
 
 LAYERS = 8  # their weights and pages are several times the L2 cache
@@ -116,7 +116,7 @@ class GpuBench:
             for key, lane, stream in zip((first, second), places, self._streams, strict=True)
         ]
         seconds, watts = self._steady(sides)
-        return CoRun(Load(*first, seconds[0]), Load(*second, seconds[1]), watts)
+        return CoRun(Side(*first, seconds[0]), Side(*second, seconds[1]), watts)
 
     def close(self) -> None:
         """Free everything; idempotent."""

@@ -10,8 +10,6 @@ import numpy as np
 
 from nf.errors import InputError
 
-INTEGRALITY = 1e-7
-
 
 @dataclass(frozen=True, slots=True)
 class Solution:
@@ -59,6 +57,13 @@ class IntegerProgram:
         self.rows.append(dict(terms))
         self.least.append(least)
         self.most.append(most)
+
+    def holds(self, values: Sequence[float], tolerance: float = 1e-6) -> bool:
+        """Whether ``values`` of all variables satisfy every row."""
+        return all(
+            least - tolerance <= sum(factor * values[x] for x, factor in row.items()) <= most + tolerance
+            for row, least, most in zip(self.rows, self.least, self.most, strict=True)
+        )
 
     def solve(self, seconds: float, start: Sequence[float] | None = None) -> Solution:
         """Search for at most ``seconds``, on one core; ``start`` is a solution to begin with.

@@ -14,7 +14,7 @@ from statistics import fmean, pstdev
 from types import MappingProxyType
 
 from nf.errors import InputError
-from nf.planning.profile_store import CoRun, Load, Profile, Sms
+from nf.planning.profile import CoRun, Profile, Side, Sms
 
 WATTS_TOLERANCE = 1.02  # powers that differ by less are the same
 
@@ -100,9 +100,9 @@ def _mean(profile: Profile, sms: Sms, pairs: Sequence[CoRun]) -> CurvePoint:
     )
 
 
-def _relative(profile: Profile, load: Load, sms: Sms) -> float:
+def _relative(profile: Profile, side: Side, sms: Sms) -> float:
     """Performance beside the other operation over that alone on ``sms``."""
-    return profile.cost(load.operation, load.rows, sms, load.context).seconds / load.seconds
+    return profile.cost(side.operation, side.rows, sms, side.context).seconds / side.seconds
 
 
 def published(points: Mapping[float, float]) -> Curve:

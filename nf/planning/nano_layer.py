@@ -12,7 +12,7 @@ from itertools import pairwise
 from nf.graphs.builtin import lane_of
 from nf.graphs.dependencies import Dependency, Node, direct_dependencies
 from nf.models.operations import Operation, Rows
-from nf.planning.profile_store import Cost, Profile, Sms
+from nf.planning.profile import Cost, Profile, Sms
 
 COMPUTE = "compute"
 CHUNK = 128  # tokens; nano-batches begin and end at multiples of it

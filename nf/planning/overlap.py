@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nf.planning.interference import CurvePoint
 from nf.planning.nano_layer import COMPUTE, CostOf
-from nf.planning.profile_store import Cost, Sms
+from nf.planning.profile import Cost, Sms
 from nf.planning.rounds import Rounds
 from nf.planning.shares import PowerLimit
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from nf.graphs.plan import LayerStep, PipelinePlan, unroll
 from nf.models.operations import Operation
 from nf.planning.nano_layer import BatchShape, profiled_costs
-from nf.planning.profile_store import Profile
+from nf.planning.profile import Profile
 from nf.planning.svg import GREY, RESOURCE_COLOURS, box, document, line, text
 
 SecondsOf = Callable[[LayerStep], float]

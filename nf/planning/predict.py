@@ -13,8 +13,8 @@ from nf.models.declaration import Model
 from nf.models.operations import Operation
 from nf.planning.nano_layer import BatchShape, CostOf, nano_layer, profiled_costs
 from nf.planning.overlap import Arrangement, replay
-from nf.planning.profile import LM_HEAD
-from nf.planning.profile_store import NOTHING, Cost, Profile
+from nf.planning.profile import NOTHING, Cost, Profile
+from nf.planning.profiling import LM_HEAD
 from nf.planning.resources import Candidate, arrangements, power_limit
 from nf.planning.rounds import Rounds
 

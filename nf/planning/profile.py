@@ -1,238 +1,258 @@
-"""Filling a profile: which nano-operations are measured, on how many rows and SMs, and what runs beside what.
+"""What was measured of a model's nano-operations, as plain data, and what lies between the measured points.
 
-How a point is measured is the bench's business (gpu_bench.py). What has been measured is kept as it comes in, so an
-interrupted run goes on where it stopped.
+Two kinds of points: a nano-operation alone (``Solo``), over batch sizes and SM counts, and two nano-operations of
+different resource classes at the same time (``CoRun``). A profile may be incomplete: a measurement that was interrupted
+goes on where it stopped (``missing``).
 
-Left out, because a plan of this engine cannot use it or another point stands for it: SM counts that are neither a
-partition for memory-bound operations nor what such a one leaves; norms and rotations, which take little, on more than
-a few rows and SM counts; attention at more than two contexts; pairs with anything but a GEMM on the compute-bound side.
+Rows are counted as the operation counts them: decode rows for decode attention, prefill rows for prefill attention, all
+rows of the nano-batch for the others. Times are seconds, energies joules of the whole card, static power included.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from time import monotonic
-from typing import Protocol
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
 
-from nf.errors import InputError
-from nf.graphs.builtin import lane_of
-from nf.models.operations import Operation, Resource, Rows
-from nf.planning.profile_store import ROW_STEP, SM_STEP, CoRun, Cost, Profile, Sms, Solo, SoloKey
+from nf.errors import InputError, shown
 
-QUICK_SECONDS, FULL_SECONDS = 150.0, 690.0  # of measuring, at most; starting and loading come on top
-SAVE_SECONDS = 5.0
-LM_HEAD = "lm_head"
-"""Stands for what follows the layers, logits and sampling; its rows are the tokens that are sampled."""
+ROW_STEP = 128  # rows between measured batch sizes: one GEMM tile
+SM_STEP = 8  # SMs between partitions that the hardware can give
 
-PairKey = tuple[SoloKey, SoloKey]
-
-
-class Bench(Protocol):
-    """Measures at steady state, in CUDA graphs, on one model's weights and KV pages."""
-
-    def solo(self, key: SoloKey) -> Cost:
-        """Time and energy of one run of a nano-operation that has the GPU, or its partition, to itself."""
-        ...
-
-    def co_run(self, first: SoloKey, second: SoloKey) -> CoRun:
-        """Two nano-operations beside each other, each repeated on its own stream."""
-        ...
+Sms = int | Literal["all"]
+"""SMs of a partition, or "all": the whole GPU, shared with whatever else runs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
-    """Where a profile has its points.
+class ProfileKey:
+    """What measurements are valid for; they name the file."""
+
+    gpu: str
+    driver: str
+    kernels: str  # version or digest of the kernel sources
+
+    @property
+    def file_name(self) -> str:
+        """Readable, and safe as a file's name."""
+        return re.sub(r"[^a-z0-9.]+", "-", f"{self.gpu}-{self.driver}-{self.kernels}".lower()).strip("-.") + ".json"
+
+
+@dataclass(frozen=True, slots=True)
+class Solo:
+    """One nano-operation alone, repeated at steady state.
 
     Args:
-        rows: of GEMMs and prefill attention.
-        light_rows: of operations that take little.
-        decode_rows: of decode attention.
-        decode_contexts, prefill_contexts: mean tokens of context per row.
-        memory_sms: partitions for memory-bound lanes; compute-bound ones get what they leave.
-        pair_rows: of the GEMM of a co-run.
+        rows: of its kind.
+        sms: the partition it ran on.
+        context: mean tokens of context per row where that matters (attention), else 0.
+        seconds, joules: of one run; joules is NaN where the card does not tell.
+    """
+
+    operation: str
+    rows: int
+    sms: Sms
+    context: int
+    seconds: float
+    joules: float
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side of a co-run: which nano-operation on which SMs, and the seconds of one run beside the other."""
+
+    operation: str
+    rows: int
+    sms: Sms
+    context: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CoRun:
+    """Two nano-operations, each repeated on its own stream for as long as the other runs.
+
+    ``first`` is the compute-bound one; ``watts`` is the mean power of the card meanwhile.
+    """
+
+    first: Side
+    second: Side
+    watts: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one run of a nano-operation that has the GPU, or its partition, to itself."""
+
+    seconds: float
+    joules: float
+
+
+NOTHING = Cost(0.0, 0.0)
+SoloKey = tuple[str, int, Sms, int]
+
+
+@dataclass(slots=True)
+class Profile:
+    """The measurements of one model shape on one GPU.
+
+    Args:
+        model: name of the shape, tensor parallel size included where it is not 1.
         gpu_sms: SMs of the GPU.
+        idle_watts, cap_watts: static power and power limit of the card; None where unknown.
     """
 
-    rows: tuple[int, ...]
-    light_rows: tuple[int, ...]
-    decode_rows: tuple[int, ...]
-    decode_contexts: tuple[int, ...]
-    prefill_contexts: tuple[int, ...]
-    memory_sms: tuple[int, ...]
-    pair_rows: tuple[int, ...]
+    key: ProfileKey
+    model: str
     gpu_sms: int
+    idle_watts: float | None = None
+    cap_watts: float | None = None
+    solos: dict[SoloKey, Solo] = field(default_factory=dict)
+    co_runs: dict[tuple[SoloKey, SoloKey], CoRun] = field(default_factory=dict)
 
-    @property
-    def compute_sms(self) -> tuple[int, ...]:
-        return tuple(self.gpu_sms - sms for sms in self.memory_sms)
+    def add(self, point: Solo | CoRun) -> None:
+        """Take a point in; one that was measured before is replaced.
 
+        Raises:
+            ValueError: it is not a measurement on this GPU.
+        """
+        if isinstance(point, Solo):
+            self._check(point)
+            _check_known(point.joules)
+            self.solos[_key(point)] = point
+        else:
+            for side in (point.first, point.second):
+                self._check(side)
+            _check_known(point.watts)
+            self.co_runs[_key(point.first), _key(point.second)] = point
 
-def quick_extent(dense_batch_size: int, gpu_sms: int) -> Extent:
-    """Four batch sizes and four partitions: enough to rank plans, in less than three minutes."""
-    rows = _fractions(dense_batch_size, (8, 4, 2, 1))
-    return Extent(
-        rows=rows,
-        light_rows=_fractions(dense_batch_size, (4, 1)),
-        decode_rows=_fractions(dense_batch_size, (8, 4, 2)),
-        decode_contexts=(512, 2048),
-        prefill_contexts=(512,),
-        memory_sms=_multiples(SM_STEP, gpu_sms, (2, 3, 4, 6)),
-        pair_rows=_fractions(dense_batch_size, (2,)),
-        gpu_sms=gpu_sms,
-    )
+    def _check(self, point: Solo | Side) -> None:
+        if not (_is_count(point.rows) and 0 < point.seconds < math.inf):
+            raise ValueError(
+                f"a measured point needs rows and seconds above 0, got {point.rows} rows and {point.seconds} s"
+            )
+        if point.sms != "all" and not (_is_count(point.sms) and point.sms <= self.gpu_sms):
+            raise ValueError(f'a point has 1 to {self.gpu_sms} SMs or "all", got {shown(point.sms)}')
+        if point.context != 0 and not _is_count(point.context):
+            raise ValueError(f"a context is a number of tokens, got {shown(point.context)}")
 
+    def missing(self, wanted: Iterable[SoloKey]) -> list[SoloKey]:
+        """What of ``wanted`` (operation, rows, sms, context) has not been measured, in that order."""
+        return [key for key in wanted if key not in self.solos]
 
-def full_extent(dense_batch_size: int, gpu_sms: int) -> Extent:
-    """Batch sizes in steps of 128 (256 above 2048), partitions of 8, 16, … SMs up to half of the GPU."""
-    steps = [r for r in range(ROW_STEP, dense_batch_size + 1, ROW_STEP) if r <= 2048 or r % (2 * ROW_STEP) == 0]
-    rows = tuple(sorted({*steps, dense_batch_size}))
-    return Extent(
-        rows=rows,
-        light_rows=_fractions(dense_batch_size, (16, 4, 2, 1)),
-        decode_rows=tuple(r for r in rows if r <= 0.75 * dense_batch_size) or rows,
-        decode_contexts=(512, 2048),
-        prefill_contexts=(256, 1024),
-        memory_sms=_multiples(SM_STEP, gpu_sms, range(1, gpu_sms // 2 // SM_STEP + 1)),
-        pair_rows=_fractions(dense_batch_size, (2, 1)),
-        gpu_sms=gpu_sms,
-    )
+    def cost(self, operation: str, rows: int, sms: Sms = "all", context: int = 0) -> Cost:
+        """Time and energy of ``operation`` on ``rows`` rows, interpolated between what was measured.
 
+        Linear in rows, in context and, in speed, in SMs. Fewer rows than the smallest that was measured cost as much as
+        that (a GEMM tile is whole), but attention as much per row; more cost as much per row as the largest. No rows
+        cost nothing; no context means the smallest that was measured. What was never measured on a part of the SMs is
+        assumed to slow down in proportion.
 
-def _fractions(whole: int, parts: Sequence[int]) -> tuple[int, ...]:
-    """whole / part for each part, in whole steps of rows where that leaves any."""
-    if whole < 1:
-        raise InputError("dense_batch_size", f"must be at least 1 token, got {whole}")
-    return tuple(sorted({max(min(ROW_STEP, whole), whole // part // ROW_STEP * ROW_STEP) for part in parts}))
+        Raises:
+            InputError: ``operation`` was not measured at all.
+        """
+        if rows <= 0:
+            return NOTHING
+        if measured := self.solos.get((operation, rows, "all" if sms == self.gpu_sms else sms, context)):
+            return Cost(measured.seconds, measured.joules)
+        points = [point for point in self.solos.values() if point.operation == operation]
+        if not points:
+            raise InputError("profile", f"{shown(operation)} of {self.model} was not measured on {self.key.gpu}")
+        return Cost(*(self._at(points, rows, sms, context, which) for which in ("seconds", "joules")))
 
+    def _at(self, points: Sequence[Solo], rows: int, sms: Sms, context: int, which: str) -> float:
+        """Interpolate over SMs first, then context, then rows."""
+        ends: Ends = "rate" if context > 0 else "flat"
 
-def _multiples(step: int, below: int, factors: Sequence[int]) -> tuple[int, ...]:
-    return tuple(step * factor for factor in factors if step * factor < below)
+        def over_context(at_sms: Sequence[Solo]) -> float:
+            by_context = _grouped(at_sms, lambda p: p.context, over_rows)
+            return _interpolate(by_context, context, below=ends)
 
+        def over_rows(at_context: Sequence[Solo]) -> float:
+            return _interpolate({p.rows: float(getattr(p, which)) for p in at_context}, rows, below=ends)
 
-def wanted_solos(operations: Sequence[Operation], extent: Extent) -> list[SoloKey]:
-    """Every (operation, rows, SMs, context) to be measured, operation by operation, so that clocks change seldom."""
-    found = [key for operation in operations for key in _of_operation(operation, extent)]
-    return found + [(LM_HEAD, rows, "all", 0) for rows in extent.light_rows]
+        by_sms = _grouped(points, lambda p: self.gpu_sms if p.sms == "all" else p.sms, over_context)
+        target = self.gpu_sms if sms == "all" else sms
+        if which == "joules":
+            return _interpolate(by_sms, target, below="flat", above="flat")
+        speeds = {count: 1 / seconds for count, seconds in by_sms.items()}
+        return 1 / _interpolate(speeds, target, below="rate", above="flat")
 
+    def to_json(self) -> dict[str, Any]:
+        """The points as rows of numbers, by operation."""
+        solos: dict[str, list[list[Any]]] = {}
+        for point in self.solos.values():
+            solos.setdefault(point.operation, []).append([_number(value) for value in astuple(point)[1:]])
+        pairs = [[[_number(v) for v in astuple(side)] for side in (p.first, p.second)] for p in self.co_runs.values()]
+        return {
+            "gpu_sms": self.gpu_sms,
+            "idle_watts": self.idle_watts,
+            "cap_watts": self.cap_watts,
+            "solo": solos,
+            "co_run": [[*pair, _number(point.watts)] for pair, point in zip(pairs, self.co_runs.values(), strict=True)],
+        }
 
-def _of_operation(operation: Operation, extent: Extent) -> Iterator[SoloKey]:
-    rows, sms = extent.rows, extent.compute_sms
-    contexts: tuple[int, ...] = (0,)
-    if lane_of(operation) != "compute":
-        rows, contexts, sms = extent.decode_rows, extent.decode_contexts, extent.memory_sms
-    elif operation.rows is Rows.PREFILL:
-        contexts, sms = extent.prefill_contexts, _ends(sms)
-    elif is_light(operation):
-        rows, sms = extent.light_rows, _ends(sms)
-    places: tuple[Sms, ...] = ("all", *sms)
-    for place in places:
-        for context in contexts:
-            yield from ((operation.name, count, place, context) for count in rows)
+    @classmethod
+    def from_json(cls, key: ProfileKey, model: str, data: Mapping[str, Any]) -> Profile:
+        """Read what ``to_json`` wrote.
 
-
-def wanted_pairs(operations: Sequence[Operation], extent: Extent) -> list[PairKey]:
-    """Every GEMM beside every memory-bound lane's operation: without partition, then for each partition."""
-    gemms = [o for o in operations if lane_of(o) == "compute" and o.rows is Rows.ALL and not is_light(o)]
-    others = [o for o in operations if lane_of(o) != "compute"]
-    # As many rows as the decode tokens of half a batch in a balanced load, and the shorter context.
-    beside = extent.decode_rows[len(extent.decode_rows) // 2]
-    context = extent.decode_contexts[0]
-    places: list[tuple[Sms, Sms]] = [("all", "all"), *((extent.gpu_sms - sms, sms) for sms in extent.memory_sms)]
-    return [
-        ((gemm.name, rows, compute, 0), (other.name, beside, memory, context))
-        for other in others
-        for compute, memory in places
-        for rows in extent.pair_rows
-        for gemm in gemms
-    ]
-
-
-def is_light(operation: Operation) -> bool:
-    """Norms and rotations: bound by memory, but short."""
-    return operation.resource is Resource.MEMORY and operation.rows is Rows.ALL
-
-
-def _ends(values: Sequence[int]) -> tuple[int, ...]:
-    return (values[0], values[-1]) if len(values) > 1 else tuple(values)
-
-
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """What a profile lacks, and how many points it has of what was wanted."""
-
-    solos: tuple[SoloKey, ...]
-    pairs: tuple[PairKey, ...]
-    known: int
-
-    @property
-    def count(self) -> int:
-        return len(self.solos) + len(self.pairs)
-
-
-def missing_points(profile: Profile, operations: Sequence[Operation], extent: Extent) -> Missing:
-    """What is still to be measured."""
-    solos, pairs = wanted_solos(operations, extent), wanted_pairs(operations, extent)
-    left = tuple(profile.missing(solos)), tuple(pair for pair in pairs if pair not in profile.co_runs)
-    return Missing(*left, len(solos) + len(pairs) - len(left[0]) - len(left[1]))
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: it did not.
+        """
+        sms, idle, cap = data["gpu_sms"], data["idle_watts"], data["cap_watts"]
+        if not _is_count(sms):
+            raise ValueError(f"gpu_sms must be a number of SMs, not {shown(sms)}")
+        if None not in (idle, cap) and not 0 <= idle < cap < math.inf:
+            raise ValueError(f"idle_watts must be below cap_watts, got {shown(idle)} and {shown(cap)}")
+        profile = cls(key, model, sms, idle, cap)
+        for operation, rows in data["solo"].items():
+            for count, sms, context, seconds, joules in rows:
+                profile.add(Solo(operation, count, sms, context, seconds, math.nan if joules is None else joules))
+        for first, second, watts in data["co_run"]:
+            profile.add(CoRun(Side(*first), Side(*second), math.nan if watts is None else watts))
+        return profile
 
 
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """What a run did: points measured, points that were there before, points that time did not suffice for."""
-
-    measured: int
-    known: int
-    left: int
+def _number(value: float | str) -> float | str | None:
+    """A value for JSON, which has no NaN; seven digits are more than a measurement has."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.7g}")
+    return value
 
 
-def fill(
-    profile: Profile,
-    bench: Bench,
-    operations: Sequence[Operation],
-    extent: Extent,
-    *,
-    save: Callable[[Profile], object],
-    seconds: float = math.inf,
-    progress: Callable[[str], object] = lambda _: None,
-) -> Filled:
-    """Measure what is missing.
-
-    Args:
-        save: keeps the profile; called every few seconds, and when the run ends, however it does.
-        seconds: after which no further point is begun.
-        progress: called with a few words after every point.
-    """
-    missing = missing_points(profile, operations, extent)
-    deadline, saved, measured = monotonic() + seconds, monotonic(), 0
-    try:
-        for point in chain[SoloKey | PairKey](missing.solos, missing.pairs):
-            if monotonic() >= deadline:
-                break
-            profile.add(_measure(bench, point))
-            measured += 1
-            progress(words(point))
-            if monotonic() - saved > SAVE_SECONDS:
-                save(profile)
-                saved = monotonic()
-    finally:
-        if measured:
-            save(profile)
-    return Filled(measured, missing.known, missing.count - measured)
+def _key(point: Solo | Side) -> SoloKey:
+    return point.operation, point.rows, point.sms, point.context
 
 
-def _measure(bench: Bench, point: SoloKey | PairKey) -> Solo | CoRun:
-    if len(point) == 2:
-        return bench.co_run(*point)
-    cost = bench.solo(point)
-    return Solo(*point, cost.seconds, cost.joules)
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
 
 
-def words(point: SoloKey | PairKey) -> str:
-    """A point as a progress bar shows it."""
-    if len(point) == 2:
-        return " beside ".join(words(side) for side in point)
-    operation, rows, sms, context = point
-    return f"{operation} {rows} rows, {sms} SMs" + (f", context {context}" if context else "")
+def _check_known(value: float) -> None:
+    if not (math.isnan(value) or 0 <= value < math.inf):
+        raise ValueError(f"joules and watts are at least 0 or unknown, got {value}")
+
+
+def _grouped(
+    points: Sequence[Solo], by: Callable[[Solo], int], value: Callable[[Sequence[Solo]], float]
+) -> dict[int, float]:
+    groups: dict[int, list[Solo]] = {}
+    for point in points:
+        groups.setdefault(by(point), []).append(point)
+    return {key: value(group) for key, group in groups.items()}
+
+
+Ends = Literal["flat", "rate"]
+
+
+def _interpolate(values: Mapping[int, float], at: int, *, below: Ends, above: Ends = "rate") -> float:
+    """Piecewise linear; beyond the ends constant ("flat") or in proportion to the end ("rate")."""
+    known = sorted(values)
+    if at <= known[0]:
+        return values[known[0]] * (at / known[0] if below == "rate" and known[0] else 1.0)
+    if at >= known[-1]:
+        return values[known[-1]] * (at / known[-1] if above == "rate" and known[-1] else 1.0)
+    low, high = next((low, high) for low, high in pairwise(known) if at <= high)
+    return values[low] + (values[high] - values[low]) * (at - low) / (high - low)

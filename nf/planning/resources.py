@@ -22,7 +22,7 @@ from nf.models.operations import Operation
 from nf.planning.interference import Curve, CurvePoint, curve
 from nf.planning.nano_layer import COMPUTE, BatchShape, CostOf, profiled_costs
 from nf.planning.overlap import Arrangement, Steady, replay
-from nf.planning.profile_store import SM_STEP, Cost, Profile, Sms
+from nf.planning.profile import SM_STEP, Cost, Profile, Sms
 from nf.planning.shares import PowerLimit, Shares, best_shares
 from nf.planning.structure import Structure, search_structures, structure_bound
 

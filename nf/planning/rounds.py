@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from nf.graphs.plan import NanoOperation, PipelinePlan, Stream
 from nf.planning.nano_layer import NanoLayer
-from nf.planning.profile_store import Sms
+from nf.planning.profile import Sms
 
 PRIORITY = {"compute": 0}  # lanes of small kernels are more urgent: they must find room between the tiles of a GEMM
 TOLERANCE = 1e-9

@@ -15,14 +15,14 @@ from typing import Any, Protocol
 
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
-from nf.errors import InputError
+from nf.errors import InputError, NfError
 from nf.graphs.builtin import nano_batch_plan, sequential_plan
 from nf.graphs.pipeline_plan import PipelinePlan, Stream
 from nf.models.declaration import Model
 from nf.planning import predict
 from nf.planning.nano_layer import COMPUTE
 from nf.planning.predict import Prediction, batch_shape
-from nf.planning.profile_store import SM_STEP, Profile
+from nf.planning.profile import SM_STEP, Profile
 from nf.planning.resources import find_candidates
 
 SEQUENTIAL = "sequential"
@@ -188,7 +188,7 @@ def search(
 ) -> Search:
     """Measure all candidates and choose.
 
-    A plan that the hardware refuses is noted and left out.
+    A plan that the hardware refuses, or has not enough memory for, is noted and left out.
 
     Args:
         wanted: the sequential plan first.
@@ -199,7 +199,7 @@ def search(
         progress(candidate.plan.name)
         try:
             results.append(Result(candidate, tuple(bench.measure(candidate.plan, loads))))
-        except InputError as error:
+        except NfError as error:
             if not results:  # without the sequential plan there is nothing to compare with
                 raise
             results.append(Result(candidate, error=str(error)))

@@ -209,7 +209,9 @@ class _ShareProgram:
         """Search, beginning with ``known`` (of the same rounds) if there is such."""
         guess = self._values(known.period, known.shares, known.starts) if known else self._guess(max(0.5, seconds / 5))
         solution = self.program.solve(seconds, guess)
-        values = solution.values or guess
+        values = guess
+        if solution.values is not None and solution.values[self.pace] >= guess[self.pace]:
+            values = list(solution.values)
         shares = tuple(max(c, key=lambda r: values[c[r]]) for c in self.chosen)
         lengths = tuple(
             task.cost.seconds / choices[share]
@@ -251,7 +253,11 @@ class _ShareProgram:
         period, improved, starts = improve_shares(
             self.rounds, self.choices, best[1], least=self._power_period(), seconds=seconds
         )
-        return self._values(period, improved, starts) if period < best[0] else self._values(*best)
+        if period < best[0]:
+            values = self._values(period, improved, starts)
+            if self.program.holds(values):
+                return values
+        return self._values(*best)
 
     def _busy_lanes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -268,10 +274,10 @@ class _ShareProgram:
 
     def _values(self, period: float, shares: Sequence[float], starts: Sequence[float] | None = None) -> list[float]:
         """All variables of the program for given shares; without ``starts``, everything starts as early as it can."""
-        period *= 1 + 1e-7
+        times = [start / period for start in starts] if starts else [0.0] * len(shares)
+        period *= 1 + 1e-7  # lengths a little shorter in periods, so that rounding breaks no row
         pace = min(1.0, self.unit / period)
         lengths = [t.cost.seconds / c[r] / period for t, c, r in zip(self.tasks, self.choices, shares, strict=True)]
-        times = [start / period for start in starts] if starts else [0.0] * len(lengths)
         for _ in lengths:
             for before, after, height in self.rounds.edges:
                 times[after] = max(times[after], times[before] + lengths[before] - height)

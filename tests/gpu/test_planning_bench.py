@@ -12,8 +12,8 @@ from nf.bench.steady_step import Load
 from nf.kernels.device import Device
 from nf.planning.gpu_bench import GpuBench, profile_key
 from nf.planning.gpu_step_bench import GpuStepBench
-from nf.planning.profile import Extent, fill, missing_points
-from nf.planning.profile_store import Profile
+from nf.planning.profile import Profile
+from nf.planning.profiling import Extent, fill, missing_points
 from nf.planning.search import candidates, search
 
 pytestmark = pytest.mark.gpu

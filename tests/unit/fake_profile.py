@@ -5,8 +5,8 @@ from __future__ import annotations
 from nf.models.operations import Rows
 from nf.models.registry import declare
 from nf.models.shapes import shape
-from nf.planning.profile import LM_HEAD, fill, quick_extent
-from nf.planning.profile_store import CoRun, Cost, Load, Profile, ProfileKey, SoloKey
+from nf.planning.profile import CoRun, Cost, Profile, ProfileKey, Side, SoloKey
+from nf.planning.profiling import LM_HEAD, fill, quick_extent
 
 SMS = 132
 KEY = ProfileKey("NVIDIA H200", "580", "test")
@@ -37,7 +37,7 @@ class FormulaBench:
     def co_run(self, first: SoloKey, second: SoloKey) -> CoRun:
         self._count((first, second))
         slow = 0.7 if second[2] == "all" else 1.0  # the hardware divides the SMs
-        sides = Load(*first, self.seconds(first) / self.kept / slow), Load(*second, self.seconds(second) / self.speed)
+        sides = Side(*first, self.seconds(first) / self.kept / slow), Side(*second, self.seconds(second) / self.speed)
         return CoRun(*sides, 690.0)
 
     def seconds(self, key: SoloKey) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from nf.models.operations import Operation, Resource, Rows
 from nf.planning.nano_layer import BatchShape, CostOf, profiled_costs
-from nf.planning.profile_store import CoRun, Load, Profile, ProfileKey, Solo
+from nf.planning.profile import CoRun, Profile, ProfileKey, Side, Solo
 
 A100 = ProfileKey("A100 80GB SXM", "unknown", "published")
 Milliseconds = Mapping[int, float]
@@ -144,9 +144,9 @@ def made_up_profile(operations: tuple[Operation, ...], *, kept: float, speed: fl
     attention = next(o for o in operations if o.name == "decode_attention")
     for own in (16, 32, 48):
         first, second = seconds(gate_up, 1024, GPU_SMS - own) / kept, seconds(attention, 1024, own) / speed
-        pair = Load("gate_up_proj", 1024, GPU_SMS - own, 0, first), Load("decode_attention", 1024, own, 0, second)
+        pair = Side("gate_up_proj", 1024, GPU_SMS - own, 0, first), Side("decode_attention", 1024, own, 0, second)
         profile.add(CoRun(*pair, watts))
     first, second = seconds(gate_up, 1024, GPU_SMS) / kept, seconds(attention, 1024, GPU_SMS) / speed
-    pair = Load("gate_up_proj", 1024, "all", 0, first), Load("decode_attention", 1024, "all", 0, second)
+    pair = Side("gate_up_proj", 1024, "all", 0, first), Side("decode_attention", 1024, "all", 0, second)
     profile.add(CoRun(*pair, watts))
     return profile

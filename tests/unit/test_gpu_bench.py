@@ -25,8 +25,8 @@ from nf.models.registry import declare
 from nf.planning import gpu_bench, gpu_step_bench
 from nf.planning.gpu_bench import GpuBench
 from nf.planning.gpu_step_bench import GpuStepBench
-from nf.planning.profile import LM_HEAD, Extent, fill, wanted_pairs, wanted_solos
-from nf.planning.profile_store import Profile, ProfileKey
+from nf.planning.profile import Profile, ProfileKey
+from nf.planning.profiling import LM_HEAD, Extent, fill, wanted_pairs, wanted_solos
 
 LLAMA = ModelConfig("LlamaForCausalLM", 512, 128, 192, 12, 4, 2, 64, 1e-6, 256)
 MIXTRAL = replace(LLAMA, architecture="MixtralForCausalLM", num_experts=4, experts_per_token=2, num_layers=3)

@@ -23,7 +23,7 @@ from nf.graphs.plan import PipelinePlan, load_plan
 from nf.graphs.plan_store import find_plan
 from nf.planning import gpu_bench, gpu_step_bench
 from nf.planning.hardware import ACCELERATORS
-from nf.planning.profile_store import save_profile
+from nf.planning.profile_file import save_profile
 
 
 def nf(*argv: str) -> int:

@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 
 from nf.errors import InputError
 from nf.planning.interference import A100_PUBLISHED, CurvePoint, curve, published, without_dominated
-from nf.planning.profile_store import (
-    CoRun,
-    Load,
-    Profile,
-    ProfileKey,
-    Solo,
-    load_profile,
-    save_profile,
-)
+from nf.planning.profile import CoRun, Profile, ProfileKey, Side, Solo
+from nf.planning.profile_file import load_profile, save_profile
 
 KEY = ProfileKey("NVIDIA H200", "580.159", "0.1.0+abc")
 
@@ -37,7 +30,7 @@ def line(rows: int, seconds: float, *, sms: int | str = "all", context: int = 0)
 
 
 def test_saved_points_come_back_beside_those_of_other_models(tmp_path: Path) -> None:
-    co_run = CoRun(Load("o_proj", 128, 116, 0, 2e-5), Load("decode_attention", 128, 16, 1024, 3e-5), 690.5)
+    co_run = CoRun(Side("o_proj", 128, 116, 0, 2e-5), Side("decode_attention", 128, 16, 1024, 3e-5), 690.5)
     first = profile(line(128, 1e-5), Solo("rope_append", 256, 16, 0, 1.25e-6, math.nan), co_run)
     second = profile(line(256, 2e-5), model="70B TP 4")
     path = save_profile(tmp_path, first)
@@ -66,13 +59,30 @@ def test_a_measurement_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_file_that_is_damaged_or_of_another_gpu_is_refused(tmp_path: Path) -> None:
     path = save_profile(tmp_path, profile(line(128, 1e-5)))
     document = json.loads(path.read_text())
+    own = document["models"]["8B"]
     for broken in (
         "{",
+        "[" * 100_000,
         "[]",
         json.dumps(document | {"version": 2}),
         json.dumps(document | {"driver": "1"}),
-        json.dumps(document | {"models": {"8B": {"solo": {}}}}),
-        json.dumps(document | {"models": {"8B": document["models"]["8B"] | {"solo": {"o_proj": [[128, "all", 0]]}}}}),
+        *(
+            json.dumps(document | {"models": {"8B": model}})
+            for model in (
+                {"solo": {}},
+                own | {"solo": []},
+                own | {"solo": {"o_proj": [[128, "all", 0]]}},
+                own | {"solo": {"o_proj": [[128, "half", 0, 1e-5, 1.0]]}},
+                own | {"solo": {"o_proj": [[128, 133, 0, 1e-5, 1.0]]}},
+                own | {"solo": {"o_proj": [["128", "all", 0, 1e-5, 1.0]]}},
+                own | {"solo": {"o_proj": [[128, "all", None, 1e-5, 1.0]]}},
+                own | {"solo": {"o_proj": [[128, "all", 0, 1e-5, -1.0]]}},
+                own | {"solo": {"o_proj": [[128, "all", 0, math.inf, 1.0]]}},
+                own | {"gpu_sms": "132"},
+                own | {"cap_watts": 100.0},
+                own | {"idle_watts": "126"},
+            )
+        ),
     ):
         path.write_text(broken)
         with pytest.raises(InputError, match=path.name):
@@ -116,6 +126,7 @@ def test_between_sm_counts_speed_is_linear_and_context_scales() -> None:
     assert made.cost("o_proj", 128, 132) == made.cost("o_proj", 128)
     assert made.cost("decode_attention", 128, "all", 768).seconds == pytest.approx(768e-8)
     assert made.cost("decode_attention", 128, "all", 2048).seconds == pytest.approx(2048e-8)
+    assert made.cost("decode_attention", 32, "all", 512).seconds == pytest.approx(128e-8)  # no tile to fill
     assert made.cost("decode_attention", 0).seconds == 0
     with pytest.raises(InputError, match="gate_up_proj"):
         made.cost("gate_up_proj", 128)
@@ -124,8 +135,8 @@ def test_between_sm_counts_speed_is_linear_and_context_scales() -> None:
 def test_a_curve_is_the_mean_of_its_pairs() -> None:
     def pair(rows: int, kept: float, speed: float, sms: int | str) -> CoRun:
         compute = 116 if sms == 16 else "all"
-        first = Load("o_proj", rows, compute, 0, rows * 1e-7 / kept)  # type: ignore[arg-type]
-        return CoRun(first, Load("decode_attention", rows, sms, 0, rows * 1e-7 / speed), 650.0)  # type: ignore[arg-type]
+        first = Side("o_proj", rows, compute, 0, rows * 1e-7 / kept)  # type: ignore[arg-type]
+        return CoRun(first, Side("decode_attention", rows, sms, 0, rows * 1e-7 / speed), 650.0)  # type: ignore[arg-type]
 
     made = profile(
         *(Solo(name, 1024, "all", 0, 1024e-7, 0.0) for name in ("o_proj", "decode_attention")),

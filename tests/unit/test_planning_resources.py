@@ -32,7 +32,7 @@ from nf.planning.interference import A100_PUBLISHED, Curve, CurvePoint, publishe
 from nf.planning.nano_layer import BatchShape, CostOf, nano_layer, profiled_costs
 from nf.planning.order import best_order
 from nf.planning.overlap import Arrangement, replay
-from nf.planning.profile_store import Cost, Sms
+from nf.planning.profile import Cost, Sms
 from nf.planning.resources import SEQUENTIAL, arrangements, find_candidates, share_candidates
 from nf.planning.rounds import Rounds
 from nf.planning.shares import PowerLimit, Shares, best_shares

@@ -28,7 +28,7 @@ from nf.graphs.plan import PipelinePlan, unroll, validate
 from nf.models.operations import Operation
 from nf.planning.nano_layer import CHUNK, BatchShape, CostOf, NanoLayer, nano_layer
 from nf.planning.order import best_order, least_period
-from nf.planning.profile_store import Cost, Sms
+from nf.planning.profile import Cost, Sms
 from nf.planning.rounds import Rounds, critical_circle
 from nf.planning.structure import StructureSearch, search_structures, structure_bound
 

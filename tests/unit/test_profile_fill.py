@@ -13,8 +13,10 @@ from nf.graphs.builtin import lane_of
 from nf.models.operations import Rows
 from nf.models.registry import declare
 from nf.models.shapes import shape
-from nf.planning import profile as module
-from nf.planning.profile import (
+from nf.planning import profiling as module
+from nf.planning.profile import Profile
+from nf.planning.profile_file import load_profile, read_profile, save_profile
+from nf.planning.profiling import (
     LM_HEAD,
     Filled,
     fill,
@@ -24,7 +26,6 @@ from nf.planning.profile import (
     wanted_pairs,
     wanted_solos,
 )
-from nf.planning.profile_store import Profile, load_profile, read_profile, save_profile
 from nf.planning.resources import arrangements
 
 EXTENT = quick_extent(2048, SMS)

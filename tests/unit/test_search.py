@@ -17,10 +17,11 @@ from nf.cli.plan_search import table
 from nf.errors import InputError, PlanError
 from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan, validate
 from nf.graphs.plan_store import find_plan, save_plan
+from nf.kernels.device import DeviceMemoryError
 from nf.planning.loads import loads
 from nf.planning.nano_layer import profiled_costs
 from nf.planning.predict import batch_shape, of_candidate, of_plan, rounds_of
-from nf.planning.profile import LM_HEAD
+from nf.planning.profiling import LM_HEAD
 from nf.planning.resources import find_candidates
 from nf.planning.search import WORTH, Candidate, Result, Search, baselines, candidates, record, search
 
@@ -104,6 +105,12 @@ def test_a_gain_that_does_not_come_again_is_none() -> None:
     assert found.results[2].measured[0].seconds == pytest.approx(1.0)  # the mean of both
 
 
+def out_of_memory(plan: PipelinePlan, _: Load) -> float:
+    if "one stream" in plan.name:
+        raise DeviceMemoryError("no memory left")
+    return 1.0
+
+
 def test_a_plan_that_the_hardware_refuses_is_left_out() -> None:
     def seconds(plan: PipelinePlan, _: Load) -> float:
         if "24 SMs" in plan.name:
@@ -112,6 +119,8 @@ def test_a_plan_that_the_hardware_refuses_is_left_out() -> None:
 
     found = search(without_profile(), [LOAD], TableBench(seconds))
     assert [bool(result.error) for result in found.results] == [False, False, False, True]
+    full = search(without_profile(), [LOAD], TableBench(out_of_memory))
+    assert [result.error for result in full.results] == ["", "no memory left", "", ""]
     text = "\n".join(table(record(found, {"model": "m", "gpu": "g"})))
     assert "streams: this GPU cannot give it" in text
     assert "fastest: sequential" in text
