@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,22 +61,27 @@ def lanes(streams: Sequence[Stream], total_sms: int, device: int = 0) -> tuple[L
 
 @functools.cache
 def _lanes(streams: tuple[tuple[str, Sms, int], ...], total_sms: int, device: int) -> tuple[Lane, ...]:
-    counts = tuple(sms for _, sms, _ in streams if sms != "all")
-    partitions = iter(_partitions_or_none(counts, device) or ())
+    own = iter(available_partitions((sms for _, sms, _ in streams), device))
     found = []
     for name, sms, priority in streams:
-        partition = None if sms == "all" else next(partitions, None)
+        partition = None if sms == "all" else next(own, None)
         handle = partition.stream(priority) if partition else cuda.Stream(priority).handle
         found.append(Lane(name, handle, total_sms if sms == "all" else sms))
     return tuple(found)
 
 
-def _partitions_or_none(counts: tuple[int, ...], device: int) -> tuple[SmPartition, ...] | None:
+def available_partitions(sms: Iterable[Sms], device: int = 0) -> tuple[SmPartition, ...]:
+    """A partition for each number of SMs, in order; none at all where the driver has no green contexts.
+
+    Raises:
+        InputError: the hardware cannot give one of them; the message names the nearest that it can.
+    """
+    counts = tuple(count for count in sms if count != "all")
     try:
         return partitions(counts, device)
     except (CudaError, AttributeError) as error:
         _say_without(str(error))
-        return None
+        return ()
 
 
 @functools.cache
@@ -92,10 +97,10 @@ def partitions(counts: tuple[int, ...], device: int = 0) -> tuple[SmPartition, .
         InputError: the hardware cannot give one of them; the message names the nearest that it can.
         CudaError: the driver refused.
     """
-    from cuda.bindings import driver
-
     if not counts:
         return ()
+    from cuda.bindings import driver
+
     checked(driver.cuInit(0))
     handle = checked(driver.cuDeviceGet(device))
     kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM

@@ -64,6 +64,7 @@ class Backend(Protocol):
         """Read the weights from ``model_dir`` or, if it is None, draw them, and make the executor.
 
         Raises:
+            CompileError: the GPU's kernels cannot be had.
             ModelError: the weights cannot be used.
             DeviceMemoryError: the GPU has not enough memory free.
         """
@@ -123,6 +124,7 @@ class GpuBackend:
         from nf.executors.gpu import workspace_bytes
         from nf.executors.gpu_weights import layout
         from nf.gpu_memory_budget import GpuMemory, gpu_pool_sizes
+        from nf.graphs.partition import available_partitions
         from nf.kernels.kv_cache import PAGE_SIZES
 
         if config.dtype not in ("auto", "bfloat16"):
@@ -134,6 +136,7 @@ class GpuBackend:
                 "device='cpu' takes any",
             )
         validate(plan, model.operations, gpu_sms=self._device.sms)
+        available_partitions(stream.sms for stream in plan.streams)  # refuses what this GPU cannot give
         config = replace(config, device="cuda", dtype="bfloat16")
         assert config.max_num_seqs is not None
         assert config.max_model_len is not None
@@ -170,17 +173,16 @@ class GpuBackend:
     ) -> Executor:
         from nf.executors.gpu import GpuExecutor
         from nf.executors.gpu_weights import load_device_weights, random_device_weights
+        from nf.kernels.registry import all_sources, artifacts
 
+        with timed(startup, "kernels"):  # before gigabytes are read: some may have to be compiled, and may not compile
+            compiled = artifacts(all_sources(), self._device.arch)
         with timed(startup, "weights"):
             if model_dir is None:
                 weights = random_device_weights(model, config.seed)
             else:
                 weights = load_device_weights(model, model_dir)
-        try:
-            executor = GpuExecutor(model, weights, plan, device=self._device, **sizes(config))
-        except BaseException:
-            weights.free()
-            raise
+        executor = GpuExecutor(model, weights, plan, device=self._device, artifacts=compiled, **sizes(config))
         startup |= executor.startup
         return executor
 

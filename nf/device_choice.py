@@ -71,16 +71,21 @@ def gpu_devices() -> tuple[list[dict[str, Any]], str | None]:
 
 def kernels_problem() -> str | None:
     """Why this machine cannot have the kernels, from a bundle, the cache or the compilers; None if it can."""
-    from nf.kernels.compile import COMPILERS, cache_dir
+    from nf.kernels.compile import COMPILERS, CompileError, cache_dir, load_bundle
+    from nf.kernels.registry import all_sources
 
     bundle = os.environ.get("NF_KERNEL_BUNDLE")
-    if bundle:
-        there = (Path(bundle) / _ARCH).is_dir()
-        return None if there else f"NF_KERNEL_BUNDLE is {bundle}, which holds no kernels for {_ARCH}"
-    missing = [package for package in COMPILERS.values() if not _installed(package)]
-    if missing and not (cache_dir() / "kernels" / _ARCH).is_dir():
+    missing = {language: package for language, package in COMPILERS.items() if not _installed(package)}
+    if not bundle and not missing:
+        return None
+    needed = [source for source in all_sources() if bundle or source.language in missing]
+    try:
+        load_bundle(needed, _ARCH, Path(bundle) if bundle else cache_dir() / "kernels")  # a cache has its layout
+    except CompileError as error:
+        if bundle:
+            return f"NF_KERNEL_BUNDLE cannot be used ({error})"
         return (
-            f"the kernels are not compiled and {missing[0]} is not installed "
+            f"the kernels are not compiled and {next(iter(missing.values()))} is not installed "
             "(pip install 'nf[cuda]', or point NF_KERNEL_BUNDLE at a bundle made by `nf compile`)"
         )
     return None

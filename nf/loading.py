@@ -43,7 +43,8 @@ class Loaded:
         model_config: shape of the model.
         tokenizer: None if only token ids are taken.
         device_reason: why it runs on the device that it runs on, a sentence.
-        startup: seconds that the parts of loading took: "text", "device", "weights", and what the executor tells.
+        startup: seconds that the parts of loading took: "text", "device", "weights", "executor", and on a GPU "kernels"
+            (found or compiled) and "capture".
     """
 
     config: EngineConfig
@@ -63,6 +64,7 @@ def load(model: str | os.PathLike[str], **options: Unpack[Options]) -> Loaded:
         InputError: an option is unknown or not acceptable.
         ModelError: the model cannot be used.
         PlanError: the pipeline plan does not suit the model.
+        CompileError: a kernel has to be compiled and cannot be.
         DeviceMemoryError: the GPU has not enough memory free.
     """
     startup: Startup = {}

@@ -29,14 +29,13 @@ from nf.executors.gpu_pages import KvPages
 from nf.executors.gpu_trace import capture_traced
 from nf.executors.gpu_weights import DeviceWeights
 from nf.executors.trace import Span
-from nf.graphs.capture import Graph, capture
+from nf.graphs.capture import capture
 from nf.graphs.partition import Lane, lanes
 from nf.graphs.plan import PipelinePlan, sequential_plan, unroll, validate
 from nf.graphs.pool import GraphPool, capacities
-from nf.kernels import random_fill
+from nf.kernels.compile import Artifact
 from nf.kernels.device import CudaError, Device, Event, Stream
 from nf.kernels.random_fill import RandomFill
-from nf.kernels.registry import all_sources, artifacts
 from nf.models.declaration import Model
 from nf.scheduler.batch import Batch, Int32, without_sampling
 
@@ -78,6 +77,7 @@ class GpuExecutor:
         weights: on the device; the executor frees them.
         plan: of the nano-operations; its ``dense_batch_size`` bounds the tokens of a step.
         device: where to run.
+        artifacts: every kernel, compiled for it.
         page_size: tokens per KV page.
         num_pages, num_host_pages: of the KV cache and of its swap space in pinned host memory.
         max_num_seqs: slots of the token buffer, and most tokens a step samples.
@@ -85,8 +85,10 @@ class GpuExecutor:
 
     Raises:
         PlanError: the plan does not fit the model or the GPU.
-        ModelError: the model has an operation this executor does not know.
-        DeviceMemoryError: the GPU has not enough memory free; nothing stays allocated.
+        ModelError: the model has an operation or a bias that there is no kernel for.
+        DeviceMemoryError: the GPU has not enough memory free.
+
+    Whatever is raised, nothing stays allocated, the weights included.
     """
 
     def __init__(
@@ -96,16 +98,13 @@ class GpuExecutor:
         plan: PipelinePlan,
         *,
         device: Device,
+        artifacts: Sequence[Artifact],
         page_size: int,
         num_pages: int,
         num_host_pages: int,
         max_num_seqs: int,
         max_model_len: int,
     ) -> None:
-        for operation in model.operations:
-            if operation.name not in OPERATIONS:
-                raise ModelError("operations", f"{operation.name!r} is not one of {', '.join(OPERATIONS)}")
-        validate(plan, model.operations, gpu_sms=device.sms)
         self.page_size = page_size
         self.num_pages = num_pages
         self.num_host_pages = num_host_pages
@@ -114,13 +113,16 @@ class GpuExecutor:
         self._config = model.config
         self._model = model
         self._device = device
+        self._artifacts = artifacts
         self._sizes = Sizes(plan.dense_batch_size, max_num_seqs, max_model_len, page_size)
-        self._plans = step_plans(model, plan)
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None  # the first; set by either thread and never taken back
         self._closed = False
         with ExitStack() as undo:
             undo.callback(weights.free)
-            self._allocate(weights, num_pages, num_host_pages, undo)
+            _check_model(model)
+            validate(plan, model.operations, gpu_sms=device.sms)
+            self._plans = step_plans(model, plan)
+            self._allocate(weights, undo)
             self._capture(undo)
             self._undo = undo.pop_all()
         self._running: queue.SimpleQueue[_Running | None] = queue.SimpleQueue()
@@ -134,8 +136,7 @@ class GpuExecutor:
         Raises:
             EngineError: the executor is closed.
         """
-        if self._closed:
-            raise EngineError("the executor is closed")
+        self._check_open()
         handle: StepHandle = Future()
         handle.set_running_or_notify_cancel()  # a launched step runs to its end, whoever still wants its tokens
         try:
@@ -147,7 +148,7 @@ class GpuExecutor:
             self._submitted += 1
             self._running.put(_Running(self._enqueue(batch, start, end), start, end, handle))
         except Exception as error:
-            self._failure = error
+            self._failure = self._failure or error
             handle.set_exception(error)
         return handle
 
@@ -158,7 +159,6 @@ class GpuExecutor:
             EngineError: the executor is closed.
         """
         self.submit(without_sampling(batch)).result()
-        self._device.use()
         stream, block = self._stream.handle, self._sizes.max_num_seqs
         found = np.empty((len(rows), self._config.vocab_size), np.float32)
         buffers = self._memory.buffers
@@ -175,7 +175,12 @@ class GpuExecutor:
 
     def trace(self, batch: Batch) -> list[Span]:
         """Run a step again, at the clocks of a card that has been busy, and time every nano-operation; see
-        ``Traceable``."""
+        ``Traceable``.
+
+        Raises:
+            EngineError: the executor is closed.
+        """
+        self._check_open()
         self._device.use()
         plan = next(plan for plan in self._plans if plan.dense_batch_size >= batch.num_tokens)
         self._memory.inputs.upload(batch, self._stream.handle)
@@ -191,9 +196,14 @@ class GpuExecutor:
         )
 
     def randomize_kv(self, seed: int) -> None:
-        """Fill the KV cache with random keys and values, for benchmarks; waits."""
+        """Fill the KV cache with random keys and values, for benchmarks; waits.
+
+        Raises:
+            EngineError: the executor is closed.
+        """
+        self._check_open()
         self._device.use()
-        fill = RandomFill(artifacts(random_fill.sources(), self._device.arch), sms=self._device.sms)
+        fill = RandomFill(self._artifacts, sms=self._device.sms)
         self._pages.randomize(fill, seed, self._stream.handle)
         self._stream.synchronize()
 
@@ -211,24 +221,26 @@ class GpuExecutor:
             if self._failure is None:  # after a failed kernel the driver refuses even to free
                 raise
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the executor is closed")
+
     # ---- start ----
 
-    def _allocate(self, weights: DeviceWeights, num_pages: int, num_host_pages: int, undo: ExitStack) -> None:
+    def _allocate(self, weights: DeviceWeights, undo: ExitStack) -> None:
         config, sizes, sms = self._config, self._sizes, self._device.sms
         started = time.perf_counter()
-        compiled = artifacts(all_sources(), self._device.arch)
         self._stream = Stream()
         undo.callback(self._stream.free)
         self._pages = KvPages(
             config,
             device=self._device,
             page_size=self.page_size,
-            num_pages=num_pages,
-            num_host_pages=num_host_pages,
+            num_pages=self.num_pages,
+            num_host_pages=self.num_host_pages,
         )
         undo.callback(self._pages.free)
-        self._kernels = LayerKernels(compiled, self._model, sizes, page_bytes=self._pages.page_bytes, sms=sms)
-        self.startup["kernels"] = time.perf_counter() - started
+        self._kernels = LayerKernels(self._artifacts, self._model, sizes, page_bytes=self._pages.page_bytes, sms=sms)
         self._memory = step_memory(
             config,
             self._plans,
@@ -237,21 +249,24 @@ class GpuExecutor:
             weights,
             self._pages,
             undo,
-            num_host_pages=num_host_pages,
+            num_host_pages=self.num_host_pages,
             sms=sms,
         )
-        self._timers = [
-            (Event(timing=True), Event(timing=True)) for _ in range(MAX_IN_FLIGHT + 1)
-        ]  # the one before, too
-        for event in (event for pair in self._timers for event in pair):
-            undo.callback(event.free)
+
+        def timer() -> Event:
+            made = Event(timing=True)
+            undo.callback(made.free)
+            return made
+
+        # Of the steps in flight, and of the one before, whose end the next step's idle time counts from.
+        self._timers = [(timer(), timer()) for _ in range(MAX_IN_FLIGHT + 1)]
         self._submitted = 0
+        self.startup["executor"] = time.perf_counter() - started
 
     def _capture(self, undo: ExitStack) -> None:
         started = time.perf_counter()
         stream = self._stream.handle
-        graphs: dict[int, Graph] = {}
-        undo.callback(lambda: GraphPool(graphs).free())
+        graphs = {}
         for plan in self._plans:
             self._layers = Layers(self._model, plan, self._kernels, self._memory, self._sizes, self._device.sms)
             graph = capture(
@@ -262,8 +277,9 @@ class GpuExecutor:
                 launch=self._layers.launch,
                 finish=self._layers.finish,
             )
-            graphs[plan.dense_batch_size] = graph
+            undo.callback(graph.free)
             graph.upload(stream)
+            graphs[plan.dense_batch_size] = graph
         self._pool = GraphPool(graphs)
         self._stream.synchronize()
         self.startup["capture"] = time.perf_counter() - started
@@ -280,12 +296,12 @@ class GpuExecutor:
         assert batch.num_tokens <= self._sizes.dense_batch_size
         stream = self._stream.handle
         self._memory.inputs.upload(batch, stream)
-        self._pages.move(batch, self._kernels.page_copy, self._memory.inputs.pointers, self._device.sms, stream)
         start.record(stream)
+        self._pages.move(batch, self._kernels.page_copy, self._memory.inputs.pointers, self._device.sms, stream)
         if batch.num_tokens:
             self._pool.for_tokens(batch.num_tokens).launch(stream)
-        end.record(stream)
         self._prompt_logprobs(len(batch.prompt_logprobs.rows), stream)
+        end.record(stream)
         return self._memory.outputs.download(batch, stream)
 
     def _prompt_logprobs(self, rows: int, stream: int) -> None:
@@ -332,6 +348,14 @@ class GpuExecutor:
             else:
                 step.handle.set_result(result)
             self._in_flight.release()
+
+
+def _check_model(model: Model) -> None:
+    for operation in model.operations:
+        if operation.name not in OPERATIONS:
+            raise ModelError("operations", f"{operation.name!r} is not one of {', '.join(OPERATIONS)}")
+    if model.config.o_bias:
+        raise ModelError("o_bias", "must be false on a GPU: its output projection adds no bias; the CPU's does")
 
 
 def step_plans(model: Model, plan: PipelinePlan) -> tuple[PipelinePlan, ...]:

@@ -14,6 +14,7 @@ from nf.executors.gpu_weights import random_device_weights
 from nf.executors.trace import Span
 from nf.graphs.pipeline_plan import PipelinePlan
 from nf.kernels.device import Device
+from nf.kernels.registry import all_sources, artifacts
 from nf.models.declaration import Model
 
 PAGE_SIZE = 16
@@ -65,7 +66,14 @@ class GpuStepBench:
                     "model", f"its weights and a step's buffers leave no room for KV on {self._device.name}"
                 )
             executor = GpuExecutor(
-                self._model, weights, plan, device=self._device, num_pages=num_pages, num_host_pages=0, **sizes
+                self._model,
+                weights,
+                plan,
+                device=self._device,
+                artifacts=artifacts(all_sources(), self._device.arch),
+                num_pages=num_pages,
+                num_host_pages=0,
+                **sizes,
             )
         except BaseException:
             weights.free()

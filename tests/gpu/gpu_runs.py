@@ -16,6 +16,7 @@ from nf.executors.gpu import GpuExecutor
 from nf.executors.gpu_weights import DeviceWeights, load_device_weights
 from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan
 from nf.kernels.device import Device, DeviceMemory
+from nf.kernels.registry import all_sources, artifacts
 from nf.models.declaration import Model, ModelWeights
 
 PAGE = 16
@@ -95,7 +96,8 @@ def gpu_executor(
     device = Device()
     plan = sequential_plan(model.operations, plan) if isinstance(plan, int) else plan
     on_device = load_device_weights(model, weights) if isinstance(weights, Path) else upload_weights(model, weights)
-    run = GpuExecutor(model, on_device, plan, device=device, **(SIZES | sizes))
+    compiled = artifacts(all_sources(), device.arch)
+    run = GpuExecutor(model, on_device, plan, device=device, artifacts=compiled, **(SIZES | sizes))
     try:
         yield run
     finally:

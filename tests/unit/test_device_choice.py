@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,9 @@ import nf.device_choice
 from nf.config import ModelConfig
 from nf.device_choice import choose_device, kernels_problem, model_problem
 from nf.errors import InputError
+from nf.kernels.compile import COMPILERS, SCHEMA, SUFFIX
+from nf.kernels.registry import all_sources
+from nf.kernels.source import KernelSource
 from nf.models.hf_config import read_config
 from nf.models.registry import declare
 from nf.models.shapes import SHAPES, shape
@@ -96,12 +101,56 @@ def test_kernels_come_from_a_bundle_the_cache_or_the_compilers(
     assert kernels_problem() is None
     machine.has_compilers = False
     assert kernels_problem() is not None
-    (tmp_path / "kernels" / "sm_90a").mkdir(parents=True)
+    fill(tmp_path / "kernels", all_sources())
     assert kernels_problem() is None
+    bundle = tmp_path / "bundle"
+    monkeypatch.setenv("NF_KERNEL_BUNDLE", str(bundle))
+    refused(f"NF_KERNEL_BUNDLE cannot be used ({bundle}: holds kernels for no GPU, this GPU needs sm_90a)")
+    fill(bundle, all_sources())
+    assert str(bundle) in choose_device("auto").reason
+
+
+@pytest.mark.parametrize("has_compilers", [True, False])
+def test_kernels_of_another_version_are_found_out_before_any_work(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_compilers: bool
+) -> None:
+    machine.has_compilers = has_compilers
+    sources = all_sources()
+    stale = [replace(sources[-1], config=(("OLD", 1),)), *sources[:-1]]
+    fill(tmp_path / "kernels", stale)
+    if has_compilers:
+        assert kernels_problem() is None  # that one is compiled anew
+    else:
+        refused("the kernels are not compiled and nvidia-cutlass-dsl-libs-base is not installed")
+    fill(tmp_path / "bundle", stale)
     monkeypatch.setenv("NF_KERNEL_BUNDLE", str(tmp_path / "bundle"))
-    refused(f"NF_KERNEL_BUNDLE is {tmp_path}/bundle, which holds no kernels for sm_90a")
-    (tmp_path / "bundle" / "sm_90a").mkdir(parents=True)
-    assert str(tmp_path / "bundle") in choose_device("auto").reason
+    refused(f"NF_KERNEL_BUNDLE cannot be used ({tmp_path}/bundle/sm_90a: no intact {sources[-1].name} of this version")
+
+
+def test_a_missing_compiler_matters_for_its_own_kernels_alone(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(nf.device_choice, "_installed", lambda package: package == COMPILERS["cuda"])
+    assert machine.has_compilers
+    assert kernels_problem() is not None
+    fill(tmp_path / "kernels", [source for source in all_sources() if source.language == "cute"])
+    assert kernels_problem() is None
+
+
+def fill(folder: Path, sources: list[KernelSource]) -> None:
+    """What compiling would have left, but for the code."""
+    home = folder / "sm_90a"
+    home.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        binary = source.name.encode()
+        record = {
+            "schema": SCHEMA,
+            "digest": source.digest("sm_90a"),
+            "sha256": hashlib.sha256(binary).hexdigest(),
+            "resources": [],
+        }
+        (home / (source.name + SUFFIX[source.language])).write_bytes(binary)
+        (home / f"{source.name}.json").write_text(json.dumps(record))
 
 
 @pytest.mark.usefixtures("machine")

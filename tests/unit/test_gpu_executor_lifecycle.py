@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +14,13 @@ import numpy as np
 import pytest
 
 from nf.config import ModelConfig
-from nf.errors import EngineError
+from nf.errors import EngineError, ModelError, PlanError
 from nf.executors import gpu
 from nf.executors.base import StepResult
 from nf.executors.gpu import MAX_IN_FLIGHT, GpuExecutor
 from nf.graphs.plan import load_plan
-from nf.kernels.device import CudaError
+from nf.kernels.device import CudaError, DeviceMemoryError
+from nf.models.declaration import Model
 from nf.models.registry import declare
 
 MODEL = declare(ModelConfig("LlamaForCausalLM", 64, 64, 128, 2, 4, 2, 64, 1e-5, 64))
@@ -32,23 +36,34 @@ class Card:
 
     def __init__(self) -> None:
         self.clock = 0
+        self.held: list[str] = ["weights"]  # what nobody has freed
         self.captured: list[int] = []  # capacities
         self.launched: list[int] = []
         self.freed: list[str] = []
         self.results: list[Future[Any]] = []
         self.refuses_to_free = False
+        self.refuses_to_move = False
+        self.fails_at, self.fails_after = "", 0
 
     def owner(self, name: str) -> Any:
         def free() -> None:
             self.freed.append(name)
+            self.held.remove(name)
             if self.refuses_to_free:
                 raise CudaError("the driver answered CUDA_ERROR_ILLEGAL_ADDRESS")
 
         return free
 
+    def made(self, name: str, **attributes: Any) -> Any:
+        """Something that its maker has to free; making it fails where a test says so."""
+        if name == self.fails_at and self.held.count(name) == self.fails_after:
+            raise DeviceMemoryError(f"{name}: there is no memory left")
+        self.held.append(name)
+        return SimpleNamespace(free=self.owner(name), **attributes)
+
     def event(self, *, timing: bool) -> Any:
         assert timing
-        event = SimpleNamespace(at=0, free=lambda: None)
+        event = self.made("event", at=0)
 
         def record(_stream: int) -> None:
             self.clock += 1
@@ -62,7 +77,13 @@ class Card:
         self.results.append(future)
         return SimpleNamespace(result=future.result)
 
-    def memory(self, *_: Any, **__: Any) -> Any:
+    def move(self, *_: Any) -> None:
+        if self.refuses_to_move:
+            raise CudaError("the driver answered CUDA_ERROR_INVALID_VALUE")
+
+    def memory(self, *arguments: Any, **__: Any) -> Any:
+        (undo,) = (each for each in arguments if isinstance(each, ExitStack))
+        undo.callback(self.made("memory").free)
         return SimpleNamespace(
             inputs=SimpleNamespace(upload=lambda *_: None, pointers={}),
             outputs=SimpleNamespace(download=self.download),
@@ -76,21 +97,18 @@ class Card:
             assert stream == origin
             self.launched.append(capacity)
 
-        return SimpleNamespace(launch=launch, upload=lambda _: None, free=self.owner("graph"))
+        return self.made("graph", launch=launch, upload=lambda _: None)
 
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card()
-    stream = SimpleNamespace(handle=7, synchronize=lambda: None, free=card.owner("stream"))
-    pages = SimpleNamespace(page_bytes=1, move=lambda *_: None, free=card.owner("pages"))
     doubles = {
-        "artifacts": lambda *_: [],
         "LayerKernels": lambda *_, **__: SimpleNamespace(page_copy=None),
         "Layers": lambda *_: SimpleNamespace(begin=None, launch=None, finish=None),
-        "Stream": lambda: stream,
+        "Stream": lambda: card.made("stream", handle=7, synchronize=lambda: None),
         "Event": card.event,
-        "KvPages": lambda *_, **__: pages,
+        "KvPages": lambda *_, **__: card.made("pages", page_bytes=1, move=card.move),
         "step_memory": card.memory,
         "capture": card.capture,
     }
@@ -99,12 +117,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     return card
 
 
-def executor(card: Card, dense_batch_size: int = 8) -> GpuExecutor:
+def executor(card: Card, dense_batch_size: int = 8, model: Model = MODEL) -> GpuExecutor:
     return GpuExecutor(
-        MODEL,
+        model,
         SimpleNamespace(free=card.owner("weights")),  # type: ignore[arg-type]
         load_plan("sequential", MODEL.operations, dense_batch_size),
-        device=SimpleNamespace(sms=132, arch="sm_90a", use=lambda: None),  # type: ignore[arg-type]
+        device=SimpleNamespace(sms=132, use=lambda: None),  # type: ignore[arg-type]
+        artifacts=[],
         page_size=16,
         num_pages=4,
         num_host_pages=0,
@@ -146,7 +165,34 @@ def test_a_failure_is_delivered_by_its_step_and_every_later_one(card: Card) -> N
     assert len(card.results) == launched
     card.refuses_to_free = True  # as a driver does after a failed kernel
     runs.close()
-    assert {"weights", "pages", "stream", "graph"} <= set(card.freed)
+    assert card.held == []
+
+
+def test_a_step_that_cannot_be_enqueued_fails_and_later_ones_neither_run_nor_wait(card: Card) -> None:
+    runs = executor(card)
+    before = runs.submit(step())
+    card.refuses_to_move = True
+    bad = runs.submit(step())
+    after = [runs.submit(step()) for _ in range(2 * MAX_IN_FLIGHT)]
+    card.results[0].set_result(result(3))
+    assert int(before.result(timeout=5).token_ids[0]) == 3
+    assert isinstance(bad.exception(timeout=0), CudaError)
+    assert {handle.exception(timeout=0) for handle in after} == {bad.exception()}
+    assert len(card.results) == 1
+    runs.close()
+    assert card.held == []
+
+
+def test_the_first_failure_is_the_one_that_is_told(card: Card) -> None:
+    runs = executor(card)
+    first = runs.submit(step())
+    card.results[0].set_exception(CudaError("illegal address"))
+    with pytest.raises(CudaError, match="illegal address"):
+        first.result(timeout=5)
+    card.refuses_to_move = True
+    with pytest.raises(CudaError, match="illegal address"):
+        runs.submit(step()).result(timeout=5)
+    runs.close()
 
 
 def test_closing_waits_frees_once_and_ends_submission(card: Card) -> None:
@@ -155,21 +201,46 @@ def test_closing_waits_frees_once_and_ends_submission(card: Card) -> None:
     threading.Timer(0.05, card.results[0].set_result, [result(5)]).start()
     runs.close()
     assert int(handle.result(timeout=0).token_ids[0]) == 5
-    freed = list(card.freed)
+    assert card.held == []
+    assert card.freed[-1] == "weights"  # after all that may read them
     runs.close()
-    assert card.freed == freed
-    with pytest.raises(EngineError, match="closed"):
-        runs.submit(step())
+    calls: list[Callable[[], Any]] = [
+        lambda: runs.submit(step()),
+        lambda: runs.trace(step()),
+        lambda: runs.randomize_kv(0),
+    ]
+    for call in calls:
+        with pytest.raises(EngineError, match=r"^the executor is closed$"):
+            call()
 
 
-def test_a_failed_start_frees_what_it_had(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise CudaError("the driver answered CUDA_ERROR_OUT_OF_MEMORY")
+@pytest.mark.parametrize(
+    ("fails_at", "fails_after"),
+    [("stream", 0), ("pages", 0), ("memory", 0), ("event", 0), ("event", 9), ("graph", 0), ("graph", 2)],
+)
+def test_a_failed_start_frees_what_it_had(card: Card, fails_at: str, fails_after: int) -> None:
+    card.fails_at, card.fails_after = fails_at, fails_after
+    with pytest.raises(DeviceMemoryError, match=fails_at):
+        executor(card, dense_batch_size=40)
+    assert card.held == []
 
-    monkeypatch.setattr(gpu, "capture", refuse)
-    with pytest.raises(CudaError, match="OUT_OF_MEMORY"):
-        executor(card)
-    assert card.freed == ["pages", "stream", "weights"]
+
+def test_a_model_without_kernels_is_refused_before_anything_is_allocated(card: Card) -> None:
+    biased = declare(replace(MODEL.config, qkv_bias=True, o_bias=True))
+    with pytest.raises(ModelError, match=r"^o_bias: must be false on a GPU"):
+        executor(card, model=biased)
+    card.held.append("weights")
+    alien = replace(MODEL, operations=(replace(MODEL.operations[0], name="layer_norm"), *MODEL.operations[1:]))
+    with pytest.raises(ModelError, match=r"^operations: 'layer_norm' is not one of attn_norm, "):
+        executor(card, model=alien)
+    assert (card.held, set(card.freed)) == ([], {"weights"})
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_allocated(card: Card) -> None:
+    mixtral = declare(ModelConfig("MixtralForCausalLM", 64, 64, 128, 2, 4, 2, 64, 1e-5, 64, num_experts=8))
+    with pytest.raises(PlanError):
+        executor(card, model=mixtral)
+    assert card.freed == ["weights"]
 
 
 def test_no_more_steps_are_in_flight_than_there_are_events_to_time_them(card: Card) -> None:

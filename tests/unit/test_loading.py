@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,11 @@ from nf.config import ModelConfig
 from nf.device_choice import DeviceChoice
 from nf.errors import InputError, ModelError
 from nf.executors import gpu, gpu_weights
+from nf.graphs import partition
 from nf.graphs.plan import nano_batch_plan
 from nf.graphs.plan_store import save_plan
+from nf.kernels import registry
+from nf.kernels.compile import CompileError
 from nf.llm import LLM
 from nf.loading import Loaded, load
 from nf.models import shapes
@@ -128,8 +132,9 @@ class Gpu:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[Any] = []
-        self.fails = False
-        device = SimpleNamespace(sms=132, name="NVIDIA H200", memory=lambda: (15 << 30, 16 << 30))
+        device = SimpleNamespace(sms=132, name="NVIDIA H200", arch="sm_90a", memory=lambda: (15 << 30, 16 << 30))
+        self.kernels = [object()]
+        monkeypatch.setattr(registry, "artifacts", lambda _sources, _arch: self.kernels)
         monkeypatch.setattr("nf.kernels.device.Device", lambda: device)
         monkeypatch.setattr(nf.loading, "choose_device", lambda *_: DeviceChoice("cuda", "a GPU is there"))
         monkeypatch.setattr(gpu, "GpuExecutor", self.executor)
@@ -138,14 +143,12 @@ class Gpu:
 
     def weights(self, source: Any) -> Any:
         self.calls.append(source)
-        return SimpleNamespace(free=lambda: self.calls.append("freed"))
+        return "weights"
 
-    def executor(self, model: Any, weights: Any, plan: Any, *, device: Any, **sizes: Any) -> Any:
+    def executor(self, model: Any, weights: Any, plan: Any, *, device: Any, artifacts: Any, **sizes: Any) -> Any:
         assert (model.config.head_dim, plan.dense_batch_size, device.sms) == (64, 2048, 132)
-        assert weights
-        if self.fails:
-            raise RuntimeError("no")
-        return SimpleNamespace(startup={"kernels": 0.5, "capture": 1.5}, **sizes)
+        assert (weights, artifacts) == ("weights", self.kernels)
+        return SimpleNamespace(startup={"executor": 0.5, "capture": 1.5}, **sizes)
 
 
 @pytest.fixture
@@ -162,7 +165,7 @@ def test_the_gpu_gets_its_own_defaults_and_sizes(the_gpu: Gpu, small_shape: str)
     executor: Any = loaded.executor
     assert (executor.num_pages, executor.max_num_seqs, executor.max_model_len) == (config.num_pages, 2048, 256)
     assert the_gpu.calls == [5]
-    assert set(loaded.startup) == {"text", "device", "weights", "kernels", "capture"}
+    assert set(loaded.startup) == {"text", "device", "kernels", "weights", "executor", "capture"}
     assert loaded.device_reason == "a GPU is there"
 
 
@@ -172,11 +175,34 @@ def test_the_gpu_reads_the_directory(the_gpu: Gpu, tmp_path: Path) -> None:
     assert the_gpu.calls == [path]
 
 
-def test_weights_are_freed_if_the_executor_cannot_be_made(the_gpu: Gpu, small_shape: str) -> None:
-    the_gpu.fails = True
-    with pytest.raises(RuntimeError, match="no"):
+def test_kernels_are_there_before_weights_are_read(
+    the_gpu: Gpu, small_shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(sources: Any, arch: str) -> Any:
+        assert (len(sources), arch) == (len(registry.all_sources()), "sm_90a")
+        raise CompileError("embed: error: expected a ';'")
+
+    monkeypatch.setattr(registry, "artifacts", refuse)
+    with pytest.raises(CompileError, match=r"^embed: error"):
         load(small_shape, random_weights=True)
-    assert the_gpu.calls == [0, "freed"]
+    assert the_gpu.calls == []
+
+
+def test_partitions_that_the_gpu_cannot_give_are_refused_before_weights_are_read(
+    the_gpu: Gpu, small_shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = nano_batch_plan(declare(SMALL).operations, 2048)
+    streams = tuple(replace(s, sms=sms) for s, sms in zip(plan.streams, (101, 31), strict=True))
+    (tmp_path / "plan.json").write_text(replace(plan, streams=streams).to_json())
+
+    def give(counts: tuple[int, ...], _device: int) -> Any:
+        assert counts == (101, 31)
+        raise InputError("sms", "this GPU cannot give a partition of 101 SMs; the nearest it can is 104")
+
+    monkeypatch.setattr(partition, "partitions", give)
+    with pytest.raises(InputError, match=r"^sms: .* the nearest it can is 104"):
+        load(small_shape, random_weights=True, plan=str(tmp_path / "plan.json"))
+    assert the_gpu.calls == []
 
 
 @pytest.mark.parametrize(
