@@ -122,7 +122,7 @@ def _split(resource: Any, sms: int) -> tuple[Any, Any]:
 
     total = resource.sm.smCount
     if not 0 < sms < total:
-        raise InputError("sms", f"{sms} of the {total} SMs that are left leave nothing to split")
+        raise InputError("sms", f"a partition of {sms} SMs cannot be split off the {total} that are left")
     groups, _, rest = checked(driver.cuDevSmResourceSplitByCount(1, resource, 0, sms))
     (group,) = groups
     if group.sm.smCount == sms:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def find_plan(
     name = file_name(model.config, gpu, dense_batch_size)
     for place in (folder or user_folder(), BUILT_IN_FOLDER):
         path = place / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path's, False also where it may not look
             continue
         try:
             return StoredPlan(load_plan(path, model.operations, dense_batch_size, gpu_sms=gpu_sms), path)
@@ -106,7 +107,7 @@ def save_plan(
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text)
     part.replace(path)
 

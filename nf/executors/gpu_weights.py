@@ -253,8 +253,9 @@ class _Reader:
         self._scratch = np.empty(0, np.uint8)  # what is to be converted; grows to a chunk when there is such
         self._buffers: deque[tuple[PinnedMemory, Event]] = deque()
         for _ in range(_BUFFERS):
-            buffer, event = PinnedMemory(buffer_bytes), Event()
+            buffer = PinnedMemory(buffer_bytes)
             stack.callback(buffer.free)
+            event = Event()
             stack.callback(event.free)
             self._buffers.append((buffer, event))
         self._stream = Stream()

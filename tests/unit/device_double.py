@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +61,22 @@ _left: list[int] = []  # allocations until one fails; empty: none does
 def run_out_after(allocations: int) -> None:
     """Let the allocation after so many more fail."""
     _left[:] = [allocations]
+
+
+def check_that_failures_leave_nothing(make: Callable[[], Any]) -> None:
+    """Whichever of the allocations of ``make`` fails, none is left; nor once what it makes is freed, which may be done
+    again."""
+    made = make()
+    allocations = len(LIVE)
+    made.free()
+    made.free()
+    assert LIVE == []
+    for before in range(allocations):
+        run_out_after(before)
+        with pytest.raises(DeviceMemoryError):
+            make()
+        assert LIVE == []
+    _left.clear()
 
 
 def _allocate(item: object) -> None:

@@ -193,16 +193,7 @@ def test_without_host_pages_all_else_goes_up(monkeypatch):
 
 def test_whichever_allocation_fails_none_is_left(monkeypatch):
     device_double.install(monkeypatch, gpu_inputs)
-    inputs = make()
-    count = len(device_double.LIVE)
-    inputs.free()
-    inputs.free()
-    assert device_double.LIVE == []
-    for allocation in range(count):
-        device_double.run_out_after(allocation)
-        with pytest.raises(DeviceMemoryError):
-            make()
-        assert device_double.LIVE == []
+    device_double.check_that_failures_leave_nothing(make)
 
 
 def test_staging_that_cannot_grow_leaves_nothing(monkeypatch):

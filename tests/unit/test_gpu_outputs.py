@@ -13,7 +13,6 @@ from nf.executors import gpu_outputs
 from nf.executors.base import StepResult, TopLogprobs
 from nf.executors.cpu_logprobs import top_logprobs
 from nf.executors.gpu_outputs import StepOutputs
-from nf.kernels.device import DeviceMemoryError
 from nf.kernels.sampling import MAX_LOGPROBS, LogprobArrays
 from nf.scheduler.batch import Batch, PromptLogprobsBatch
 
@@ -161,16 +160,7 @@ def test_a_result_outlives_the_memory_it_landed_in(outputs):
 
 def test_whichever_allocation_fails_none_is_left(monkeypatch):
     device_double.install(monkeypatch, gpu_outputs)
-    outputs = make(vocab_size=300)
-    count = len(device_double.LIVE)
-    outputs.free()
-    outputs.free()
-    assert device_double.LIVE == []
-    for allocation in range(count):
-        device_double.run_out_after(allocation)
-        with pytest.raises(DeviceMemoryError):
-            make(vocab_size=300)
-        assert device_double.LIVE == []
+    device_double.check_that_failures_leave_nothing(lambda: make(vocab_size=300))
 
 
 def test_a_step_that_samples_nothing(outputs):
