@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,13 @@ class Event:
 _left: list[int] = []  # allocations until one fails; empty: none does
 
 
-def run_out_after(allocations: int) -> None:
-    """Let the allocation after so many more fail."""
+@contextmanager
+def memory_for(allocations: int) -> Iterator[None]:
+    """Memory suffices for so many allocations: the next one fails."""
     _left[:] = [allocations]
+    with pytest.raises(DeviceMemoryError):
+        yield
+    _left.clear()
 
 
 def check_that_failures_leave_nothing(make: Callable[[], Any]) -> None:
@@ -72,11 +77,9 @@ def check_that_failures_leave_nothing(make: Callable[[], Any]) -> None:
     made.free()
     assert LIVE == []
     for before in range(allocations):
-        run_out_after(before)
-        with pytest.raises(DeviceMemoryError):
+        with memory_for(before):
             make()
         assert LIVE == []
-    _left.clear()
 
 
 def _allocate(item: object) -> None:
@@ -109,7 +112,7 @@ def enqueue(work: Callable[[], None]) -> None:
 
 def install(monkeypatch: pytest.MonkeyPatch, module: object) -> None:
     """Let ``module`` use the double instead of the driver."""
-    for state in (_queue, COPIES, LIVE, _left):
+    for state in (_queue, COPIES, LIVE):
         state.clear()
     doubles = {"DeviceMemory": Memory, "PinnedMemory": Memory, "Event": Event, "copy": copy}
     for name, double in doubles.items():
