@@ -128,6 +128,13 @@ class Scheduler:
         """``owner`` of many slots, e.g. ``batch.sampling.slots.tolist()``."""
         return [self.owner(slot) for slot in slots]
 
+    def statuses(self, request_id: str) -> set[Status] | None:
+        """What the sequences of a request are doing; empty while it waits for slots, None if it is not here."""
+        if request_id in self._state.waiting:
+            return set()
+        slots = self._state.slots_of.get(request_id)
+        return None if slots is None else {Status(self._state.status[slot]) for slot in slots.values()}
+
     @property
     def has_work(self) -> bool:
         """Whether some sequence still needs a step; one whose last token is on its way to the host does not."""
