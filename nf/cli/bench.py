@@ -72,7 +72,7 @@ def _kernels(args: argparse.Namespace) -> int:
     check_writable("--json", args.json)
     choice = choose_device("auto")
     if choice.name != "cuda":
-        raise NfError(f"needs a GPU: {choice.reason}")
+        raise NfError(choice.reason)
     rows: list[Row] = []
     try:
         for row in run(args.only):
