@@ -63,9 +63,11 @@ _left: list[int] = []  # allocations until one fails; empty: none does
 def memory_for(allocations: int) -> Iterator[None]:
     """Memory suffices for so many allocations: the next one fails."""
     _left[:] = [allocations]
-    with pytest.raises(DeviceMemoryError):
-        yield
-    _left.clear()
+    try:
+        with pytest.raises(DeviceMemoryError):
+            yield
+    finally:
+        _left.clear()
 
 
 def check_that_failures_leave_nothing(make: Callable[[], Any]) -> None:
