@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nf.cli import estimate, plan_profile, plan_search
+from nf.cli import estimate, plan_profile, plan_search, plan_shares
 from nf.cli.parser import add_common_options
 
 if TYPE_CHECKING:  # the commands import what they need when they run
@@ -72,6 +72,7 @@ def add_parser(subparsers: Any) -> None:
     for name, module, line in (
         ("profile", plan_profile, "measure a model's nano-operations on this GPU"),
         ("search", plan_search, "find the fastest plan on this GPU"),
+        ("shares", plan_shares, "a share of the GPU per nano-operation, from a profile"),
     ):
         command = commands.add_parser(name, help=line, description=module.DESCRIPTION)
         command.epilog = module.EXAMPLES
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         "validate": _validate,
         "profile": plan_profile.run,
         "search": plan_search.run,
+        "shares": plan_shares.run,
         "estimate": estimate.run,
     }[args.plan_command]
     return run_command(args)
@@ -125,8 +127,7 @@ def _plot(args: argparse.Namespace, plan: PipelinePlan, model: Model) -> None:
     lengths: SecondsOf = unit_lengths
     if args.profile is not None:
         from nf.graphs.plan_store import shape_name
-        from nf.planning.loads import loads
-        from nf.planning.predict import batch_shape
+        from nf.planning.loads import batch_shape, loads
         from nf.planning.profile_file import read_profile
 
         profile = read_profile(Path(args.profile), shape_name(model.config))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ examples:
   nf plan search ./llama --dense-batch-size 4096 --decode-share 0.1,0.3,0.5,0.7
   nf plan search llama-3-8b --add mine.json --count 0       measure a plan of your own
   nf plan search llama-3-8b --profile h200.json --predict-only      no GPU needed
+  nf plan search llama-3-8b --profile docs/examples/a100-nanoflow.json --predict-only \
+      --dense-batch-size 1024 --input-len 788 --output-len 473
 """
 
 
@@ -59,12 +62,17 @@ def run(args: argparse.Namespace) -> int:
     from nf.cli.estimate import model_config
     from nf.errors import InputError
     from nf.models.registry import declare
+    from nf.planning.integer_program import solver
 
     check_svg(args.plot)
     if args.count < 0:
         raise InputError("--count", f"must be at least 0, got {args.count}")
+    if not args.seconds >= 0:
+        raise InputError("--seconds", f"must be at least 0, got {args.seconds:g}")
     if args.predict_only and args.plot is not None:
         raise InputError("--plot", "needs a step that runs; leave out --predict-only")
+    if args.count:
+        solver()  # before anything is measured for it
     model = declare(model_config(args.model))
     needs_gpu = not args.predict_only or args.profile is None
     device = the_gpu(model) if needs_gpu else None
@@ -74,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plans_dir is not None:
         _write_plans(Path(args.plans_dir), wanted)
     if args.predict_only:
-        _print(args, _predicted(args, wanted, loads))
+        _print(args, _predicted(args, model, profile, wanted, loads))
         return 0
     assert device is not None
     return _measure(args, model, device, profile, wanted, loads)
@@ -111,13 +119,11 @@ def _profile(args: argparse.Namespace, model: Model, device: Device | None) -> P
 def _candidates(
     args: argparse.Namespace, model: Model, profile: Profile | None, loads: list[Load], device: Device | None
 ) -> list[Candidate]:
-    from nf.errors import InputError
     from nf.graphs.plan import load_plan
     from nf.planning.search import candidates
 
-    sms = device.sms if device is not None else profile.gpu_sms if profile is not None else None
-    if sms is None:
-        raise InputError("--predict-only", "needs a profile to predict from; leave out --count 0")
+    sms = device.sms if device is not None else profile.gpu_sms if profile is not None else 0
+    assert sms  # without a GPU there is a profile
     more = [load_plan(file, model.operations, args.dense_batch_size, gpu_sms=sms) for file in args.add]
     if profile is not None and args.count:
         _say(args, "Stages I and II")
@@ -140,15 +146,16 @@ def _measure(
 ) -> int:
     from nf.planning.gpu_bench import profile_key
     from nf.planning.gpu_step_bench import GpuStepBench
-    from nf.planning.search import record, search
+    from nf.planning.search import bounds, search
+    from nf.planning.search_record import record
 
     bench = GpuStepBench(model, device)
     found = search(wanted, loads, bench, progress=lambda name: _say(args, f"measuring {name}"))
     key = profile_key(device)
     head: dict[str, Any] = {"model": args.model, "gpu": device.name, "driver": key.driver, "kernels": key.kernels}
     if profile is not None and profile.key != key:
-        head["profile"] = profile.key.file_name
-    result = record(found, head)
+        head["profile"] = asdict(profile.key)
+    result = record(found, bounds(model, profile, loads), head)
     if not args.no_store:
         from nf.graphs.plan_store import save_plan
 
@@ -180,12 +187,17 @@ def _plot(
     Path(args.plot).write_text(usage_picture(steps, f"{args.model} on {card.label}"), encoding="utf-8")
 
 
-def _predicted(args: argparse.Namespace, wanted: list[Candidate], loads: list[Load]) -> dict[str, Any]:
+def _predicted(
+    args: argparse.Namespace, model: Model, profile: Profile | None, wanted: list[Candidate], loads: list[Load]
+) -> dict[str, Any]:
     """Candidates that were not measured, in the form of a search's record."""
-    from nf.planning.search import Result, Search, record
+    from nf.planning.search import Result, Search, bounds
+    from nf.planning.search_record import record
 
     results = tuple(Result(candidate) for candidate in wanted)
-    return record(Search(tuple(loads), results, results[0]), {"model": args.model})
+    source = "" if profile is None else "{gpu}, {driver}, {kernels}".format(**asdict(profile.key))
+    head = {"model": args.model, "profile": source}
+    return record(Search(tuple(loads), results, results[0]), bounds(model, profile, loads), head)
 
 
 def _print(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -196,39 +208,55 @@ def _print(args: argparse.Namespace, result: dict[str, Any]) -> None:
 
 def table(result: dict[str, Any]) -> Iterator[str]:
     """A search's record for people: a table per load, then what was chosen."""
-    where = f" on {result['gpu']}" if "gpu" in result else ", predicted"
-    yield f"{result['model']}{where}, {result['dense_batch_size']:,} tokens per step"
+    measured = result["chosen"] is not None
+    where = f"on {result['gpu']}" if "gpu" in result else f"predicted ({result['profile']})"
+    yield f"{result['model']} {where}, {result['dense_batch_size']:,} tokens per step"
     width = max(len(plan["name"]) for plan in result["plans"])
-    tokens = result["dense_batch_size"]
+    columns = _MEASURED if measured else _PREDICTED
     for number, load in enumerate(result["loads"]):
         yield ""
         yield f"{load['input_len']} in, {load['output_len']} out: {load['decode_tokens']:,} decode tokens per step"
-        yield (
-            f"  {'plan':<{width}}{'predicted':>12}{'measured':>12}{'error':>9}{'predicted':>12}{'measured':>11}"
-            f"{'tokens/s':>11}{'mJ/token':>10}{'speed-up':>10}"
-        )
+        yield f"  {'plan':<{width}}" + "".join(f"{head:>{size}}" for head, size, *_ in columns)
         for plan in result["plans"]:
-            own = plan["loads"][number]
             if plan["error"]:
                 yield f"  {plan['name']:<{width}}  {plan['error']}"
                 continue
-            joules = own["measured_j"]
+            own = plan["loads"][number]
+            own |= {"j_per_token": None if own["measured_j"] is None else own["measured_j"] / tokens}
             cells = (
-                (_number(own["predicted_s"], 1e3, 2, " ms"), 12),
-                (_number(own["measured_s"], 1e3, 2, " ms"), 12),
-                (_number(own["prediction_error"], 100, 1, " %"), 9),
-                (_number(own["predicted_j"], 1, 1, " J"), 12),
-                (_number(joules, 1, 1, " J"), 11),
-                (_number(own["tokens_per_s"], 1, 0, ""), 11),
-                (_number(None if joules is None else joules / tokens, 1e3, 2, ""), 10),
-                (_number(own["speed_up"], 1, 3, ""), 10),
+                f"{_number(own[key], scale, digits, unit):>{size}}" for _, size, key, scale, digits, unit in columns
             )
-            yield f"  {plan['name']:<{width}}" + "".join(f"{text:>{size}}" for text, size in cells)
-    if result["chosen"] is not None:
+            yield f"  {plan['name']:<{width}}" + "".join(cells)
+        if (bound := load["predicted_bound_s"]) is not None:
+            best = min(p["loads"][number]["predicted_s"] or math.inf for p in result["plans"])
+            yield (
+                f"  by the profile no plan takes less than {1e3 * bound:,.2f} ms; "
+                f"the best of these is {100 * (best / bound - 1):.1f} % above"
+            )
+    if measured:
         yield ""
         yield _verdict(result)
     if "stored" in result:
         yield f"kept in {result['stored']}"
+
+
+Columns = tuple[tuple[str, int, str, float, int, str], ...]
+# Head, width, key in a plan's record of a load, and how it is printed: scale, digits, unit.
+_MEASURED: Columns = (
+    ("predicted", 12, "predicted_s", 1e3, 2, " ms"),
+    ("measured", 12, "measured_s", 1e3, 2, " ms"),
+    ("error", 9, "prediction_error", 100, 1, " %"),
+    ("predicted", 12, "predicted_j", 1, 1, " J"),
+    ("measured", 11, "measured_j", 1, 1, " J"),
+    ("tokens/s", 11, "tokens_per_s", 1, 0, ""),
+    ("mJ/token", 10, "j_per_token", 1e3, 2, ""),
+    ("speed-up", 10, "speed_up", 1, 3, ""),
+)
+_PREDICTED: Columns = (
+    ("time", 12, "predicted_s", 1e3, 2, " ms"),
+    ("energy", 12, "predicted_j", 1, 1, " J"),
+    ("speed-up", 10, "predicted_speed_up", 1, 3, ""),
+)
 
 
 def _verdict(result: dict[str, Any]) -> str:

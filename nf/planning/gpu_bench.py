@@ -80,8 +80,7 @@ class GpuBench:
     """
 
     def __init__(self, config: ModelConfig, extent: Extent, device: cuda.Device, *, run: float = RUN_SECONDS) -> None:
-        self.idle_watts = _idle_watts()
-        self.cap_watts = power_cap()
+        self.idle_watts, self.cap_watts = _idle_watts(), power_cap()
         self._config = config = replace(config, num_layers=min(LAYERS, config.num_layers))
         self.model: Model = declare(config)
         self._device, self._run_seconds = device, run

@@ -5,10 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from nf.errors import InputError
+
+
+def solver() -> Any:
+    """The module of HiGHS.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import highspy
+    except ImportError:
+        raise InputError(
+            "nf plan", "the search needs the solver HiGHS; install it with: pip install 'nf[plan]'"
+        ) from None
+    return highspy
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +87,7 @@ class IntegerProgram:
         Raises:
             InputError: HiGHS is not installed.
         """
-        try:
-            import highspy
-        except ImportError:
-            raise InputError("nf", "planning needs the solver HiGHS; install it with: pip install 'nf[plan]'") from None
-
+        highspy = solver()
         lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = len(self.gains), len(self.rows)
         lp.sense_ = highspy.ObjSense.kMaximize

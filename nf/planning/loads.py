@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from nf.bench.steady_step import Load
 from nf.errors import InputError
+from nf.planning.nano_layer import BatchShape
 
 SHRINK = 0.9
 
@@ -49,3 +51,17 @@ def fitting(load: Load, kv_tokens: int | None) -> Load:
     while kv_tokens is not None and load.kv_tokens > kv_tokens and load.input_len > 1 and load.output_len > 2:
         load = Load(load.dense_batch_size, max(1, int(load.input_len * SHRINK)), max(2, int(load.output_len * SHRINK)))
     return load
+
+
+def batch_shape(load: Load) -> BatchShape:
+    """A load as the planner sees it: how many rows of each kind, at which contexts on average."""
+    decodes, lens = load.num_decode, load.kv_lens()
+    chunks = load.chunks()
+    prefill = load.dense_batch_size - decodes
+    seen = math.fsum(new * (start + new / 2) for start, new in chunks)
+    return BatchShape(
+        load.dense_batch_size,
+        decodes,
+        round(sum(lens[:decodes]) / decodes) if decodes else 0,
+        round(seen / prefill) if prefill else 0,
+    )

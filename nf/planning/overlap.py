@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from nf.planning.interference import CurvePoint
 from nf.planning.nano_layer import COMPUTE, CostOf
-from nf.planning.profile import Cost, Sms
+from nf.planning.profile import Cost, PowerLimit, Sms
 from nf.planning.rounds import Rounds
-from nf.planning.shares import PowerLimit
 
 ROUNDS = 24  # simulated; the first half is for settling
 LEAST_SPEED = 0.05  # a compute-bound operation never stops entirely
@@ -53,11 +52,10 @@ class Arrangement:
 
 @dataclass(frozen=True, slots=True)
 class Steady:
-    """Of one layer at steady state: seconds, joules (NaN where unknown), and seconds if only power limited it."""
+    """Of one layer at steady state: seconds, and joules, static power included (NaN where unknown)."""
 
     seconds: float
     joules: float
-    power_seconds: float
 
 
 def replay(rounds: Rounds, arrangement: Arrangement, cost_of: CostOf, power: PowerLimit | None) -> Steady:
@@ -68,11 +66,10 @@ def replay(rounds: Rounds, arrangement: Arrangement, cost_of: CostOf, power: Pow
     costs = [cost_of(task.operation, task.rows, arrangement.sms[task.lane]) for task in rounds.layer.tasks]
     seconds, joules = _Replay(rounds, arrangement, costs, power.idle_watts if power else 0.0).run()
     if power is None or math.isnan(joules):
-        return Steady(seconds, joules, 0.0)
+        return Steady(seconds, joules)
     dynamic = joules - power.idle_watts * seconds
-    power_seconds = dynamic / power.dynamic_watts
-    stretched = max(seconds, power_seconds)
-    return Steady(stretched, dynamic + power.idle_watts * stretched, power_seconds)
+    stretched = max(seconds, dynamic / power.dynamic_watts)
+    return Steady(stretched, dynamic + power.idle_watts * stretched)
 
 
 class _Replay:

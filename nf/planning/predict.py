@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nf.bench.steady_step import Load
 from nf.graphs.builtin import lane_of
 from nf.graphs.pipeline_plan import PipelinePlan
 from nf.models.declaration import Model
@@ -15,7 +14,7 @@ from nf.planning.nano_layer import BatchShape, CostOf, nano_layer, profiled_cost
 from nf.planning.overlap import Arrangement, replay
 from nf.planning.profile import NOTHING, Cost, Profile
 from nf.planning.profiling import LM_HEAD
-from nf.planning.resources import Candidate, arrangements, power_limit
+from nf.planning.resources import arrangements, period_bound
 from nf.planning.rounds import Rounds
 
 
@@ -27,23 +26,10 @@ class Prediction:
     joules: float
 
 
-def batch_shape(load: Load) -> BatchShape:
-    """A load as the planner sees it: how many rows of each kind, at which contexts on average."""
-    decodes, lens = load.num_decode, load.kv_lens()
-    chunks = load.chunks()
-    prefill = load.dense_batch_size - decodes
-    seen = math.fsum(new * (start + new / 2) for start, new in chunks)
-    return BatchShape(
-        load.dense_batch_size,
-        decodes,
-        round(sum(lens[:decodes]) / decodes) if decodes else 0,
-        round(seen / prefill) if prefill else 0,
-    )
-
-
-def of_candidate(candidate: Candidate, model: Model, profile: Profile, batch: BatchShape) -> Prediction:
-    """A candidate's layers, and what follows them."""
-    return _step(Cost(candidate.period, candidate.joules), model, profile, batch)
+def bound(model: Model, profile: Profile, batch: BatchShape) -> float:
+    """Seconds of a step that no plan can beat under any arrangement that was measured."""
+    period = period_bound(model.operations, batch, profile)
+    return _step(Cost(period, math.nan), model, profile, batch).seconds
 
 
 def of_plan(plan: PipelinePlan, model: Model, profile: Profile, batch: BatchShape) -> Prediction | None:
@@ -56,7 +42,7 @@ def of_plan(plan: PipelinePlan, model: Model, profile: Profile, batch: BatchShap
     arrangement = _arrangement(plan, model.operations, profile)
     if rounds is None or arrangement is None:
         return None
-    steady = replay(rounds, arrangement, cost_of, power_limit(profile))
+    steady = replay(rounds, arrangement, cost_of, profile.power_limit)
     return _step(Cost(steady.seconds, steady.joules), model, profile, batch)
 
 
@@ -98,7 +84,7 @@ def _arrangement(plan: PipelinePlan, operations: Sequence[Operation], profile: P
     """The measured arrangement with the plan's SMs per lane."""
     by_name = {operation.name: operation for operation in operations}
     sms = {lane_of(by_name[stream.nano_operations[0].operation]): stream.sms for stream in plan.streams}
-    return next((a for a in arrangements(profile, operations) if dict(a.sms) == sms), None)
+    return next((a for a in arrangements(profile, operations, dominated=True) if dict(a.sms) == sms), None)
 
 
 def _step(layer: Cost, model: Model, profile: Profile, batch: BatchShape) -> Prediction:

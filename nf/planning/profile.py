@@ -90,6 +90,18 @@ class Cost:
     joules: float
 
 
+@dataclass(frozen=True, slots=True)
+class PowerLimit:
+    """Watts the card may draw, and those it draws when idle."""
+
+    cap_watts: float
+    idle_watts: float
+
+    @property
+    def dynamic_watts(self) -> float:
+        return self.cap_watts - self.idle_watts
+
+
 NOTHING = Cost(0.0, 0.0)
 SoloKey = tuple[str, int, Sms, int]
 
@@ -137,6 +149,13 @@ class Profile:
             raise ValueError(f'a point has 1 to {self.gpu_sms} SMs or "all", got {shown(point.sms)}')
         if point.context != 0 and not _is_count(point.context):
             raise ValueError(f"a context is a number of tokens, got {shown(point.context)}")
+
+    @property
+    def power_limit(self) -> PowerLimit | None:
+        """Of the card; None where it is not known."""
+        if self.cap_watts is None or self.idle_watts is None:
+            return None
+        return PowerLimit(self.cap_watts, self.idle_watts)
 
     def missing(self, wanted: Iterable[SoloKey]) -> list[SoloKey]:
         """What of ``wanted`` (operation, rows, sms, context) has not been measured, in that order."""

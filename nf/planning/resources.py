@@ -23,7 +23,6 @@ from nf.planning.interference import Curve, CurvePoint, curve
 from nf.planning.nano_layer import COMPUTE, BatchShape, CostOf, profiled_costs
 from nf.planning.overlap import Arrangement, Steady, replay
 from nf.planning.profile import SM_STEP, Cost, Profile, Sms
-from nf.planning.shares import PowerLimit, Shares, best_shares
 from nf.planning.structure import Structure, search_structures, structure_bound
 
 PROMISING = 1.05  # times the sequential period; predictions are wrong by some per cent
@@ -33,38 +32,22 @@ SEQUENTIAL = "sequential"
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A plan and what is predicted of it at steady state.
+class Proposal:
+    """A plan and what is predicted of a layer under it at steady state.
 
     Args:
         arrangement: how its streams divide the GPU; "sequential" if it has only one.
         period: seconds per layer.
         joules: per layer, static power included; NaN where energies are unknown.
-        power_period: seconds per layer if nothing but the power limit held it up.
-        bound: seconds; no plan under any arrangement that was tried has a shorter period, by this prediction.
     """
 
     plan: PipelinePlan
     arrangement: str
     period: float
     joules: float
-    power_period: float
-    bound: float
-
-    @property
-    def gap(self) -> float:
-        """How much shorter the period of some other plan could at most be, relative."""
-        return 1 - self.bound / self.period
 
 
-def power_limit(profile: Profile) -> PowerLimit | None:
-    """The power limit of the card, None where it is not known."""
-    if profile.cap_watts is None or profile.idle_watts is None:
-        return None
-    return PowerLimit(profile.cap_watts, profile.idle_watts)
-
-
-def find_candidates(
+def propose(
     operations: Sequence[Operation],
     batch: BatchShape,
     profile: Profile,
@@ -72,28 +55,26 @@ def find_candidates(
     seconds: float = 100.0,
     count: int = 8,
     lane: Callable[[Operation], str] = lane_of,
-) -> tuple[Candidate, ...]:
+) -> tuple[Proposal, ...]:
     """The plans that are predicted to be the fastest, the sequential one among them, shortest period first.
 
     Args:
         operations: of one layer, in logical order.
         profile: measurements of all of them, and of pairs where overlapping is to be considered.
         seconds: to search for, roughly.
-        count: candidates at most, each cut, ordered or arranged in another way.
+        count: plans at most, each cut, ordered or arranged in another way.
 
     Raises:
         InputError: an operation was not measured.
     """
     deadline = monotonic() + seconds
-    cost_of, power = profiled_costs(profile, batch), power_limit(profile)
-    alone = _sequential(operations, batch, cost_of, power)
-    plans: dict[PipelinePlan, tuple[str, Steady]] = {alone[0]: (SEQUENTIAL, alone[1])}
-    bounds = [alone[1].seconds]
+    cost_of, power = profiled_costs(profile, batch), profile.power_limit
+    sequential, alone = _sequential(operations, batch, cost_of)
+    plans = {sequential: (SEQUENTIAL, alone)}
 
     options = arrangements(profile, operations, lane)
     promise = {a.name: overlap_bound(a, operations, batch, cost_of, lane) for a in options}
-    bounds += promise.values()
-    worth = alone[1].seconds * PROMISING
+    worth = alone.seconds * PROMISING
     options = sorted((a for a in options if promise[a.name] < worth), key=lambda a: promise[a.name])
     structures: list[Structure] = []
     searches = options[:MAX_SEARCHES]
@@ -106,80 +87,87 @@ def find_candidates(
         name = f"{arrangement.name}, {len(structure.rounds.layer.tasks)} nano-operations"
         plan = structure.rounds.plan(name, batch.tokens, sms=arrangement.sms, model=profile.model, gpu=profile.key.gpu)
         plans.setdefault(plan, (arrangement.name, steady))
-    return _best(plans, min(bounds), count)
+    return _best(plans, count)
 
 
-def share_candidates(
-    structures: Sequence[Structure],
-    curves: Mapping[str, Curve],
-    *,
-    power: PowerLimit | None = None,
-    seconds: float = 60.0,
-    count: int = 3,
-) -> tuple[Shares, ...]:
-    """A share for every nano-operation of the most promising ``structures``, shortest period first.
-
-    All of them are given shares by local search; the ``count`` best go through the integer program.
-    """
-    quick = [best_shares(structure.rounds, curves, power=power, seconds=0.0) for structure in structures]
-    ranked = sorted(range(len(structures)), key=lambda i: quick[i].period)[:count]
-    found = [best_shares(structures[i].rounds, curves, power=power, seconds=seconds / len(ranked)) for i in ranked]
-    return tuple(sorted(found, key=lambda shares: shares.period))
+def period_bound(
+    operations: Sequence[Operation],
+    batch: BatchShape,
+    profile: Profile,
+    lane: Callable[[Operation], str] = lane_of,
+) -> float:
+    """Seconds per layer that no plan under any measured arrangement can beat, by what ``profile`` predicts."""
+    cost_of = profiled_costs(profile, batch)
+    options = arrangements(profile, operations, lane)
+    bounds = [overlap_bound(arrangement, operations, batch, cost_of, lane) for arrangement in options]
+    return min([_sequential(operations, batch, cost_of)[1].seconds, *bounds])
 
 
-def _best(plans: Mapping[PipelinePlan, tuple[str, Steady]], bound: float, count: int) -> tuple[Candidate, ...]:
-    candidates = [
-        Candidate(plan, name, steady.seconds, steady.joules, steady.power_seconds, min(bound, steady.seconds))
-        for plan, (name, steady) in plans.items()
-    ]
-    best = min(candidate.period for candidate in candidates)
-    ranked = sorted(candidates, key=lambda c: (round(c.period / best, 3), _nano_operations(c.plan), c.period))
+def _best(plans: Mapping[PipelinePlan, tuple[str, Steady]], count: int) -> tuple[Proposal, ...]:
+    """The sequential plan, then the shortest periods; of periods that are alike, the fewest nano-operations."""
+    proposals = [Proposal(plan, name, steady.seconds, steady.joules) for plan, (name, steady) in plans.items()]
+    best = min(proposal.period for proposal in proposals)
+    ranked = sorted(proposals, key=lambda p: (round(p.period / best, 3), _nano_operations(p.plan), p.period))
     alike: Counter[str] = Counter()
-    varied: list[Candidate] = []
-    others: list[Candidate] = []
-    for candidate in ranked:
-        alike[candidate.arrangement] += 1
-        (varied if alike[candidate.arrangement] <= MAX_ALIKE else others).append(candidate)
-    sequential = next(c for c in ranked if c.arrangement == SEQUENTIAL)
-    chosen = [sequential, *(c for c in (*varied, *others) if c is not sequential)][:count]
-    return tuple(sorted(chosen, key=lambda c: c.period))
+    varied: list[Proposal] = []
+    others: list[Proposal] = []
+    for proposal in ranked:
+        alike[proposal.arrangement] += 1
+        (varied if alike[proposal.arrangement] <= MAX_ALIKE else others).append(proposal)
+    sequential = next(p for p in ranked if p.arrangement == SEQUENTIAL)
+    chosen = [sequential, *(p for p in (*varied, *others) if p is not sequential)][:count]
+    return tuple(sorted(chosen, key=lambda p: p.period))
 
 
 def _nano_operations(plan: PipelinePlan) -> int:
     return sum(len(stream.nano_operations) for stream in plan.streams)
 
 
-def _sequential(
-    operations: Sequence[Operation], batch: BatchShape, cost_of: CostOf, power: PowerLimit | None
-) -> tuple[PipelinePlan, Steady]:
+def _sequential(operations: Sequence[Operation], batch: BatchShape, cost_of: CostOf) -> tuple[PipelinePlan, Steady]:
+    """What was measured alone at steady state was measured under the power limit, which does not count twice."""
     costs = [cost_of(operation, batch.rows(operation, 0, batch.tokens), "all") for operation in operations]
-    seconds, joules = math.fsum(c.seconds for c in costs), math.fsum(c.joules for c in costs)
-    limit = (joules - power.idle_watts * seconds) / power.dynamic_watts if power and not math.isnan(joules) else 0.0
-    # What was measured alone at steady state was measured under the power limit: it does not count twice.
-    return sequential_plan(operations, batch.tokens), Steady(seconds, joules, limit)
+    steady = Steady(math.fsum(cost.seconds for cost in costs), math.fsum(cost.joules for cost in costs))
+    return sequential_plan(operations, batch.tokens), steady
 
 
-def arrangements(
-    profile: Profile, operations: Sequence[Operation], lane: Callable[[Operation], str] = lane_of
-) -> list[Arrangement]:
-    """Every way to divide the GPU between the lanes that was measured and that the hardware can give."""
+def curves_of_lanes(
+    profile: Profile,
+    operations: Sequence[Operation],
+    lane: Callable[[Operation], str] = lane_of,
+    *,
+    dominated: bool = False,
+) -> dict[str, Curve]:
+    """The R → P curve of every lane beside the compute-bound one; none at all if one of them was not measured."""
     names: dict[str, list[str]] = {}
     for operation in operations:
         names.setdefault(lane(operation), []).append(operation.name)
-    others = [name for name in names if name != COMPUTE]
-    curves = {name: curve(profile, names.get(COMPUTE, ()), names[name]) for name in others}
-    if not others or COMPUTE not in names or not all(curves.values()):
-        return []
-    return [*_shared(curves), *_partitioned(curves, profile.gpu_sms)]
+    compute = names.pop(COMPUTE, [])
+    curves = {name: curve(profile, compute, own, dominated=dominated) for name, own in names.items()}
+    return curves if all(curves.values()) else {}
+
+
+def arrangements(
+    profile: Profile,
+    operations: Sequence[Operation],
+    lane: Callable[[Operation], str] = lane_of,
+    *,
+    dominated: bool = False,
+) -> list[Arrangement]:
+    """Every way to divide the GPU between the lanes that was measured and that the hardware can give.
+
+    Args:
+        dominated: take those too that another one beats in everything.
+    """
+    curves = curves_of_lanes(profile, operations, lane, dominated=dominated)
+    return [*_shared(curves), *_partitioned(curves, profile.gpu_sms)] if curves else []
 
 
 def _shared(curves: Mapping[str, Curve]) -> Iterable[Arrangement]:
-    """Without partitions: the hardware divides the SMs. Several points differ in the kernels that were measured."""
-    points = {lane: [point for point in curve if point.sms == "all"] for lane, curve in curves.items()}
-    for number, chosen in enumerate(product(*points.values())):
+    """Without partitions: the hardware divides the SMs."""
+    points = {lane: point for lane, curve in curves.items() for point in curve if point.sms == "all"}
+    if len(points) == len(curves):
         sms: dict[str, Sms] = dict.fromkeys([COMPUTE, *curves], "all")
-        name = "co-resident" if number == 0 else f"co-resident {number + 1}"
-        yield Arrangement(name, sms, dict(zip(curves, chosen, strict=True)))
+        yield Arrangement("co-resident", sms, points)
 
 
 def _partitioned(curves: Mapping[str, Curve], gpu_sms: int) -> Iterable[Arrangement]:

@@ -8,10 +8,10 @@ to win again when both are measured once more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
-from typing import Any, Protocol
+from typing import Protocol
 
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
@@ -20,10 +20,11 @@ from nf.graphs.builtin import nano_batch_plan, sequential_plan
 from nf.graphs.pipeline_plan import PipelinePlan, Stream
 from nf.models.declaration import Model
 from nf.planning import predict
+from nf.planning.loads import batch_shape
 from nf.planning.nano_layer import COMPUTE
-from nf.planning.predict import Prediction, batch_shape
+from nf.planning.predict import Prediction
 from nf.planning.profile import SM_STEP, Profile
-from nf.planning.resources import find_candidates
+from nf.planning.resources import propose
 
 SEQUENTIAL = "sequential"
 WORTH = 0.003  # relative; two measurements of one plan differ by up to about as much
@@ -79,7 +80,7 @@ class Search:
 
     loads: tuple[Load, ...]
     results: tuple[Result, ...]
-    best: Result
+    best: Result  # the sequential one if nothing was measured
 
     @property
     def sequential(self) -> Result:
@@ -148,11 +149,10 @@ def candidates(
     kinds = dict(baselines(model, size, gpu_sms))
     if profile is not None and count:
         for load in loads:
-            found = find_candidates(
+            for proposal in propose(
                 model.operations, batch_shape(load), profile, seconds=seconds / len(loads), count=count + 1
-            )
-            for candidate in found:
-                kinds.setdefault(candidate.plan, candidate.arrangement)
+            ):
+                kinds.setdefault(proposal.plan, proposal.arrangement)
     for plan in more:
         kinds.setdefault(plan, "given")
     return [
@@ -232,52 +232,6 @@ def _mean(a: Measurement, b: Measurement) -> Measurement:
     return Measurement((a.seconds + b.seconds) / 2, (a.joules + b.joules) / 2)
 
 
-def record(found: Search, head: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything as plain data: seconds, joules, tokens.
-
-    Args:
-        head: what was measured on.
-    """
-    loads = [
-        {"input_len": load.input_len, "output_len": load.output_len, "decode_tokens": load.num_decode}
-        for load in found.loads
-    ]
-    return {
-        **head,
-        "dense_batch_size": found.loads[0].dense_batch_size,
-        "loads": loads,
-        "chosen": found.best.candidate.plan.name if found.best.measured else None,
-        "speed_up": 1 / found.best.ratio(found.sequential) if found.best.measured else None,
-        "median_prediction_error": _number(found.median_error),
-        "plans": [_plan_record(result, found) for result in found.results],
-    }
-
-
-def _plan_record(result: Result, found: Search) -> dict[str, Any]:
-    candidate = result.candidate
-    nothing = (None,) * len(found.loads)
-    tokens = found.loads[0].dense_batch_size
-    return {
-        "name": candidate.plan.name,
-        "kind": candidate.kind,
-        "nano_operations": sum(len(stream.nano_operations) for stream in candidate.plan.streams),
-        "error": result.error or None,
-        "loads": [
-            {
-                "predicted_s": None if p is None else p.seconds,
-                "predicted_j": None if p is None else _number(p.joules),
-                "measured_s": None if m is None else m.seconds,
-                "measured_j": None if m is None else _number(m.joules),
-                "tokens_per_s": None if m is None else tokens / m.seconds,
-                "prediction_error": None if p is None or m is None else p.seconds / m.seconds - 1,
-                "speed_up": None if m is None or base is None else base.seconds / m.seconds,
-            }
-            for p, m, base in zip(
-                candidate.predicted, result.measured or nothing, found.sequential.measured or nothing, strict=True
-            )
-        ],
-    }
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def bounds(model: Model, profile: Profile | None, loads: Sequence[Load]) -> tuple[float | None, ...]:
+    """Per load, the seconds of a step that no plan can beat by what ``profile`` predicts; None without one."""
+    return tuple(None if profile is None else predict.bound(model, profile, batch_shape(load)) for load in loads)

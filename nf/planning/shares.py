@@ -20,24 +20,14 @@ from nf.planning.integer_program import IntegerProgram
 from nf.planning.interference import Curve
 from nf.planning.nano_layer import COMPUTE, Task
 from nf.planning.order import order_from_starts
+from nf.planning.profile import PowerLimit
 from nf.planning.rounds import Rounds, critical_circle, least_heights
+from nf.planning.structure import Structure
 
 MAX_START = 6  # periods
 TENTHS = tuple(r / 10 for r in range(1, 11))
 Choices = Mapping[float, float]
 """Share R → performance P."""
-
-
-@dataclass(frozen=True, slots=True)
-class PowerLimit:
-    """Watts the card may draw, and those it draws when idle."""
-
-    cap_watts: float
-    idle_watts: float
-
-    @property
-    def dynamic_watts(self) -> float:
-        return self.cap_watts - self.idle_watts
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +90,24 @@ def best_shares(
     return free.solve(seconds / 2, shares)
 
 
+def share_candidates(
+    structures: Sequence[Structure],
+    curves: Mapping[str, Curve],
+    *,
+    power: PowerLimit | None = None,
+    seconds: float = 60.0,
+    count: int = 3,
+) -> tuple[Shares, ...]:
+    """A share for every nano-operation of the most promising ``structures``, shortest period first.
+
+    All of them are given shares by local search; the ``count`` best go through the integer program.
+    """
+    quick = [best_shares(structure.rounds, curves, power=power, seconds=0.0) for structure in structures]
+    ranked = sorted(range(len(structures)), key=lambda i: quick[i].period)[:count]
+    found = [best_shares(structures[i].rounds, curves, power=power, seconds=seconds / len(ranked)) for i in ranked]
+    return tuple(sorted(found, key=lambda shares: shares.period))
+
+
 def _choices(task: Task, curves: Mapping[str, Curve]) -> Choices:
     """A GEMM's performance is its share, by definition of R; the others have theirs from the curve."""
     if task.cost.seconds == 0:
@@ -145,8 +153,7 @@ class _ShareProgram:
                 self.program.at_least({chosen[r]: 1.0, paced[r]: -1.0}, 0.0)
 
     def _keep_order(self) -> None:
-        edges = self.rounds.edges if not self.reorder else self.rounds.waits
-        for before, after, height in edges:
+        for before, after, height in self.rounds.waits if self.reorder else self.rounds.edges:
             terms = {self.starts[after]: 1.0, self.starts[before]: -1.0} if before != after else {}
             self.program.at_least(terms | _negative(self.lengths[before]), -height)
         if self.reorder:
@@ -217,8 +224,7 @@ class _ShareProgram:
             task.cost.seconds / choices[share]
             for task, choices, share in zip(self.tasks, self.choices, shares, strict=True)
         )
-        pace = values[self.pace]
-        period = self.unit / pace
+        period = self.unit / values[self.pace]
         joules = math.fsum(task.cost.joules for task in self.tasks)
         if self.power:
             alone = math.fsum(task.cost.seconds for task in self.tasks)
@@ -231,25 +237,24 @@ class _ShareProgram:
             heights = {(i, j): round(values[x]) + lags[i] - lags[j] for (i, j), x in self.heights.items()}
             rounds = order_from_starts(rounds.layer, placed, heights)
             starts = [start - lag for start, lag in zip(placed, rounds.lags, strict=True)]
-        first = min(starts)
-        return Shares(
-            rounds, shares, lengths, tuple((s - first) * period for s in starts), period, min(bound, period), joules
-        )
+        begun = tuple((start - min(starts)) * period for start in starts)
+        return Shares(rounds, shares, lengths, begun, period, min(bound, period), joules)
 
     def _guess(self, seconds: float) -> list[float]:
         """The best solution that gives all tasks of a lane the same share, improved task by task."""
-        busy = {lane: next(i for i in t if self.tasks[i].cost.seconds > 0) for lane, t in self._busy_lanes().items()}
+        lanes = {lane: [i for i in own if self.tasks[i].cost.seconds > 0] for lane, own in self.rounds.order.items()}
+        busy = {lane: own[0] for lane, own in lanes.items() if own}
         options = [list(self.choices[i]) for i in busy.values()]
-        fitting = [c for c in product(*options) if sum(c) <= 1 + 1e-9]
-        best: tuple[float, list[float]] | None = None
-        for combination in fitting:
+        best = math.inf, list[float]()
+        for combination in (c for c in product(*options) if sum(c) <= 1 + 1e-9):
             by_lane = dict(zip(busy, combination, strict=True))
             shares = [by_lane.get(t.lane, 0.0) if t.cost.seconds > 0 else 0.0 for t in self.tasks]
             lengths = [t.cost.seconds / c[r] for t, c, r in zip(self.tasks, self.choices, shares, strict=True)]
             period = max(critical_circle(lengths, self.rounds.edges)[0], self._power_period())
-            if best is None or period < best[0]:
+            if period < best[0]:
                 best = period, shares
-        assert best is not None  # a tenth each always fits
+        if not best[1]:
+            raise InputError("curves", "no measured shares of all lanes fit beside each other")
         period, improved, starts = improve_shares(
             self.rounds, self.choices, best[1], least=self._power_period(), seconds=seconds
         )
@@ -258,13 +263,6 @@ class _ShareProgram:
             if self.program.holds(values):
                 return values
         return self._values(*best)
-
-    def _busy_lanes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            lane: tasks
-            for lane, tasks in self.rounds.order.items()
-            if any(self.tasks[i].cost.seconds > 0 for i in tasks)
-        }
 
     def _power_period(self) -> float:
         if self.power is None:

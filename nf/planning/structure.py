@@ -120,18 +120,26 @@ class _Search:
         self.found: dict[tuple[tuple[int, ...], ...], Structure | None] = {}  # per way to cut
 
     def run(self, keep: int) -> StructureSearch:
-        self.try_cuts({}, math.inf)
+        sequential = self.sequential()
         places = _first_places(self.batch.tokens)
         for place in places:
             self.try_cuts(dict.fromkeys(self.names, (place,)), self.best.period * KEEP_WITHIN)
         while monotonic() < self.deadline and self.improve():
             pass
         known = [structure for structure in self.found.values() if structure]
-        sequential = known[0]
         best = sorted(known, key=lambda s: (round(s.period / self.best.period, 4), len(s.rounds.layer.tasks)))[:keep]
         structures = tuple(best) if sequential in best else (*best[: keep - 1], sequential)
         bound = min(best[0].period, structure_bound(self.operations, self.batch, self.cost_of, self.lane))
         return StructureSearch(structures, bound, len(self.found), monotonic() - self.began)
+
+    def sequential(self) -> Structure:
+        """Nothing cut; in logical order if there is no time to find a better one."""
+        self.try_cuts({}, math.inf)
+        if (found := self.found.get(self.key({}))) is None:
+            layer = self.layer({})
+            rounds = Rounds(layer, layer.lanes, (0,) * len(layer.tasks))
+            found = self.found[self.key({})] = Structure(rounds, rounds.period(), least_period(layer))
+        return found
 
     @property
     def best(self) -> Structure:
@@ -144,6 +152,8 @@ class _Search:
         goal = base.period * (1 - WORTH)
         neighbours: list[tuple[bool, float, dict[str, tuple[int, ...]], NanoLayer]] = []
         for window, cuts in self.neighbours(base.cuts):
+            if monotonic() > self.deadline:
+                return False
             if self.key(cuts) in self.found:
                 continue
             layer = self.layer(cuts)
@@ -170,10 +180,10 @@ class _Search:
         """Whether there is an order with the wanted period; what was found is kept."""
         key = self.key(cuts)
         seconds = min(SECONDS_PER_ORDER, self.deadline - monotonic())
-        if key in self.found or (seconds <= 0 and self.found):
+        if key in self.found or seconds <= 0:
             return False
         layer = layer or self.layer(cuts)
-        ordering = best_order(layer, max(seconds, 0.1), shorter_than=shorter_than)
+        ordering = best_order(layer, seconds, shorter_than=shorter_than)
         if ordering.rounds is None:
             self.found[key] = None
             return False

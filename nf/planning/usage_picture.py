@@ -17,8 +17,8 @@ from nf.bench.steady_step import Load
 from nf.executors.trace import Span
 from nf.models.declaration import Model
 from nf.planning.hardware import Accelerator
+from nf.planning.loads import batch_shape
 from nf.planning.operation_costs import Workload, operation_costs
-from nf.planning.predict import batch_shape
 from nf.planning.svg import GREY, RESOURCE_COLOURS, document, line, text
 
 SHOWN_LAYERS = 3

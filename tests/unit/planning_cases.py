@@ -11,8 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
+from nf.graphs.plan_store import shape_name
 from nf.models.operations import Operation, Resource, Rows
+from nf.models.registry import declare
+from nf.models.shapes import shape
+from nf.planning.interference import A100_PUBLISHED
 from nf.planning.nano_layer import BatchShape, CostOf, profiled_costs
+from nf.planning.operation_costs import Workload, operation_costs
 from nf.planning.profile import CoRun, Profile, ProfileKey, Side, Solo
 
 A100 = ProfileKey("A100 80GB SXM", "unknown", "published")
@@ -149,4 +156,40 @@ def made_up_profile(operations: tuple[Operation, ...], *, kept: float, speed: fl
     first, second = seconds(gate_up, 1024, GPU_SMS) / kept, seconds(attention, 1024, GPU_SMS) / speed
     pair = Side("gate_up_proj", 1024, "all", 0, first), Side("decode_attention", 1024, "all", 0, second)
     profile.add(CoRun(*pair, watts))
+    return profile
+
+
+EXAMPLE_KEY = ProfileKey("A100 80GB SXM", "example", "from NanoFlow's published tables; not measured by nf")
+EXAMPLE_NAMES = {
+    **{"KQV": "qkv_proj", "DecAttn": "decode_attention", "PfAttn": "prefill_attention"},
+    **{"O": "o_proj", "UG": "gate_up_proj", "D": "down_proj"},
+}
+
+
+def example_profile() -> Profile:
+    """docs/examples/a100-nanoflow.json: the tables of 8B, and the published R → P as partitions of 108 SMs.
+
+    Norms and rotations, of which nothing is published, take as long as reading and writing their bytes at 2 TB/s.
+    Energies are not published. Decode attention is at 1024 tokens of context.
+    """
+    model = declare(shape("llama-3-8b"))
+    profile = Profile(EXAMPLE_KEY, shape_name(model.config), gpu_sms=108)
+    nan, layers = float("nan"), model.config.num_layers
+    for theirs, times in MS_8B.items():
+        for tokens, ms in times.items():
+            context = 1024 if theirs == "DecAttn" else 0
+            profile.add(Solo(EXAMPLE_NAMES[theirs], tokens, "all", context, ms * 1e-3, nan))
+    for cost in operation_costs(model, Workload(1024, 512), 1024):
+        if cost.name in ("attn_norm", "rope_append", "ffn_norm"):
+            profile.add(Solo(cost.name, 1024, "all", 0, cost.memory_bytes / layers / 2e12, nan))
+    attention, gemm = MS_8B["DecAttn"][384] * 1e-3, MS_8B["UG"][640] * 1e-3
+    published = [(point.share, point.speed) for point in A100_PUBLISHED["memory"]]
+    for sms in range(16, 105, 8):
+        share = sms / 108
+        speed = float(np.interp(share, *zip(*published, strict=True)))
+        # Alone on its SMs each is as fast as beside the other.
+        profile.add(Solo("decode_attention", 384, sms, 1024, attention / speed, nan))
+        profile.add(Solo("gate_up_proj", 640, 108 - sms, 0, gemm / (1 - share), nan))
+        first = Side("gate_up_proj", 640, 108 - sms, 0, gemm / (1 - share))
+        profile.add(CoRun(first, Side("decode_attention", 384, sms, 1024, attention / speed), nan))
     return profile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from fake_profile import KEY, MODEL, SMS, formula_profile
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
 from nf.cli import plan as command
-from nf.cli import plan_search
+from nf.cli import plan_search, plan_shares
 from nf.errors import InputError
 from nf.executors.trace import Span
 from nf.graphs.plan import PipelinePlan, load_plan
@@ -103,12 +104,30 @@ def test_predictions_need_no_gpu(profile: str, tmp_path: Path, capsys: pytest.Ca
     argv = ("search", "llama-3-8b", "--profile", profile, "--predict-only", "--seconds", "2", "--count", "3")
     assert nf(*argv, "--plans-dir", str(plans), "-q") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "llama-3-8b, predicted, 2,048 tokens per step"
-    assert "fastest" not in lines[-1]
+    assert lines[0] == "llama-3-8b predicted (NVIDIA H200, 580, test), 2,048 tokens per step"
+    assert lines[3].split() == ["plan", "time", "energy", "speed-up"]
+    assert lines[-1].startswith("  by the profile no plan takes less than")
     files = sorted(plans.iterdir())
-    assert len(files) == len(lines) - 4
+    assert len(files) == len(lines) - 5
     for file in files:
         assert load_plan(file, MODEL.operations, 2048, gpu_sms=SMS).dense_batch_size == 2048
+
+
+EXAMPLE = str(Path(__file__).parents[2] / "docs" / "examples" / "a100-nanoflow.json")
+
+
+def test_the_papers_search_runs_on_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    load = ("--dense-batch-size", "1024", "--input-len", "788", "--output-len", "473")
+    argv = ("shares", "llama-3-8b", "--profile", EXAMPLE, "--seconds", "1", *load)
+    assert nf(*argv, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    one, two = result["stage_1"], result["stage_2"]
+    assert one["bound_s"] <= one["period_s"] <= result["sequential_s"]
+    assert one["period_s"] <= two["period_s"] >= two["bound_s"]
+    tokens = [item["tokens"] for item in result["nano_operations"] if item["operation"] == "gate_up_proj"]
+    assert sum(stop - start for start, stop in tokens) == 1024
+    lines = list(plan_shares.table(result))
+    assert len(lines) == 6 + len(result["nano_operations"])
 
 
 @pytest.mark.parametrize(
@@ -120,6 +139,9 @@ def test_predictions_need_no_gpu(profile: str, tmp_path: Path, capsys: pytest.Ca
         (("search", "llama-3-8b", "--plot", "x.svg", "--predict-only"), "^--plot: needs a step that runs"),
         (("search", "llama-3-8b", "--profile", "none.json", "--predict-only"), "^none.json: there is no such"),
         (("search", "qwen2-7b", "--profile", "PROFILE", "--predict-only"), "has no measurements of qwen2-28l"),
+        (("search", "llama-3-8b", "--seconds", "nan"), "^--seconds: must be at least 0"),
+        (("shares", "llama-3-8b", "--profile", "PROFILE", "--seconds", "0"), "^--seconds: must be above 0"),
+        (("shares", "qwen2-7b", "--profile", "PROFILE"), "has no measurements of qwen2-28l"),
         (("profile", "llama-3-8b", "--quick"), "^device: 'cuda' cannot be had"),
         (("show", "sequential", "--plot", "x.png"), "^--plot: must name a file"),
     ],
@@ -127,6 +149,14 @@ def test_predictions_need_no_gpu(profile: str, tmp_path: Path, capsys: pytest.Ca
 def test_what_cannot_be_done(argv: tuple[str, ...], message: str, profile: str) -> None:
     with pytest.raises(InputError, match=message):
         nf(*(profile if word == "PROFILE" else word for word in argv))
+
+
+def test_a_missing_solver_is_told_before_anything_is_measured(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    monkeypatch.setattr(plan_search, "measured_profile", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(InputError, match=r"pip install 'nf\[plan\]'"):
+        nf("search", "llama-3-8b")
+    assert not gpu.exists()
 
 
 def test_a_stored_profile_is_drawn(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

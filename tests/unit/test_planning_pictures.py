@@ -15,9 +15,9 @@ from nf.executors.trace import Span
 from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan, unroll
 from nf.planning.curve_picture import curve_picture, curves_of
 from nf.planning.hardware import accelerator
+from nf.planning.loads import batch_shape
 from nf.planning.operation_costs import Workload, operation_costs
 from nf.planning.plan_picture import plan_picture, profiled_lengths, schedule, unit_lengths
-from nf.planning.predict import batch_shape
 from nf.planning.usage_picture import traced, usage_picture
 
 LOAD = Load(2048, 1024, 512)

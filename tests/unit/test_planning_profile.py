@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planning_cases import example_profile
 
 from nf.errors import InputError
 from nf.planning.interference import A100_PUBLISHED, CurvePoint, curve, published, without_dominated
 from nf.planning.profile import CoRun, Profile, ProfileKey, Side, Solo
 from nf.planning.profile_file import load_profile, save_profile
 
+ROOT = Path(__file__).parents[2]
 KEY = ProfileKey("NVIDIA H200", "580.159", "0.1.0+abc")
 
 
@@ -177,3 +179,9 @@ def test_published_curves_grow_and_reject_nonsense() -> None:
         assert all(p.speed > p.share for p in points)  # that is why overlapping pays on an A100
     with pytest.raises(InputError, match="interference"):
         published({0.5: 1.5})
+
+
+def test_the_example_is_what_it_says_it_is(tmp_path: Path) -> None:
+    """docs/examples/a100-nanoflow.json comes from ``example_profile``; save_profile wrote it."""
+    written = save_profile(tmp_path, example_profile())
+    assert written.read_text() == (ROOT / "docs" / "examples" / "a100-nanoflow.json").read_text()

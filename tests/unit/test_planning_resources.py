@@ -32,10 +32,10 @@ from nf.planning.interference import A100_PUBLISHED, Curve, CurvePoint, publishe
 from nf.planning.nano_layer import BatchShape, CostOf, nano_layer, profiled_costs
 from nf.planning.order import best_order
 from nf.planning.overlap import Arrangement, replay
-from nf.planning.profile import Cost, Sms
-from nf.planning.resources import SEQUENTIAL, arrangements, find_candidates, share_candidates
+from nf.planning.profile import Cost, PowerLimit, Sms
+from nf.planning.resources import SEQUENTIAL, arrangements, period_bound, propose
 from nf.planning.rounds import Rounds
-from nf.planning.shares import PowerLimit, Shares, best_shares
+from nf.planning.shares import Shares, best_shares, share_candidates
 from nf.planning.structure import search_structures
 
 HALVES = BatchShape(2048, 1024)
@@ -240,7 +240,7 @@ def plan_times(plan: PipelinePlan, batch: BatchShape, cost_of: CostOf) -> dict[s
 def test_candidates_hold_and_overlap_only_where_it_pays(kept: float, speed: float, gains: bool) -> None:
     profile = made_up_profile(LLAMA, kept=kept, speed=speed)
     cost_of = profiled_costs(profile, HALVES)
-    found = find_candidates(LLAMA, HALVES, profile, seconds=2.5, count=6)
+    found = propose(LLAMA, HALVES, profile, seconds=2.5, count=6)
     alone = sum(cost_of(o, HALVES.rows(o, 0, 2048), "all").seconds for o in LLAMA)
     (sequential,) = [c for c in found if c.arrangement == SEQUENTIAL]
     assert sequential.period == pytest.approx(alone)
@@ -250,7 +250,7 @@ def test_candidates_hold_and_overlap_only_where_it_pays(kept: float, speed: floa
     assert [c.period for c in found] == sorted(c.period for c in found)
     for candidate in found:
         validate(candidate.plan, LLAMA, gpu_sms=GPU_SMS)
-        assert candidate.bound <= candidate.period
+        assert period_bound(LLAMA, HALVES, profile) <= candidate.period * (1 + 1e-9)
         assert candidate.joules <= CAP * candidate.period * (1 + 1e-6)
         assert candidate.period >= max(plan_times(candidate.plan, HALVES, cost_of).values()) * (1 - 1e-9)
         sms = [stream.sms for stream in candidate.plan.streams]
@@ -269,6 +269,6 @@ def test_only_what_the_hardware_can_give_is_considered() -> None:
     assert {arrangement.name for arrangement in arrangements(profile, LLAMA)} <= names
     profile.co_runs.clear()
     assert arrangements(profile, LLAMA) == []
-    (only,) = find_candidates(LLAMA, HALVES, profile, seconds=1.0)
+    (only,) = propose(LLAMA, HALVES, profile, seconds=1.0)
     assert only.arrangement == SEQUENTIAL
-    assert only.bound == only.period
+    assert period_bound(LLAMA, HALVES, profile) == only.period

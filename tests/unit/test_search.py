@@ -18,12 +18,13 @@ from nf.errors import InputError, PlanError
 from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan, validate
 from nf.graphs.plan_store import find_plan, save_plan
 from nf.kernels.device import DeviceMemoryError
-from nf.planning.loads import loads
+from nf.planning.loads import batch_shape, loads
 from nf.planning.nano_layer import profiled_costs
-from nf.planning.predict import batch_shape, of_candidate, of_plan, rounds_of
+from nf.planning.predict import of_plan, rounds_of
 from nf.planning.profiling import LM_HEAD
-from nf.planning.resources import find_candidates
-from nf.planning.search import WORTH, Candidate, Result, Search, baselines, candidates, record, search
+from nf.planning.resources import propose
+from nf.planning.search import WORTH, Candidate, Result, Search, baselines, candidates, search
+from nf.planning.search_record import record
 
 LOAD = Load(2048, 1024, 512)
 OPERATIONS = MODEL.operations
@@ -67,7 +68,7 @@ def test_the_fastest_plan_wins_is_kept_and_found(tmp_path: Path, monkeypatch: py
     found = search(without_profile(), [LOAD], bench)
     assert found.best.candidate.plan == nano_batch_plan(OPERATIONS, 2048)
     assert bench.measured[-2:] == ["sequential", "nano-batch"]  # both were measured once more
-    result = record(found, {"model": "llama-3-8b", "gpu": "NVIDIA H200"})
+    result = record(found, [None], {"model": "llama-3-8b", "gpu": "NVIDIA H200"})
     assert result["speed_up"] == pytest.approx(1 / 0.9)
     json.dumps(result, allow_nan=False)
     monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
@@ -121,7 +122,7 @@ def test_a_plan_that_the_hardware_refuses_is_left_out() -> None:
     assert [bool(result.error) for result in found.results] == [False, False, False, True]
     full = search(without_profile(), [LOAD], TableBench(out_of_memory))
     assert [result.error for result in full.results] == ["", "no memory left", "", ""]
-    text = "\n".join(table(record(found, {"model": "m", "gpu": "g"})))
+    text = "\n".join(table(record(found, [None], {"model": "m", "gpu": "g"})))
     assert "streams: this GPU cannot give it" in text
     assert "fastest: sequential" in text
 
@@ -152,7 +153,7 @@ def test_from_a_profile_to_the_choice() -> None:
     assert measured == pytest.approx(best * 1.04) or found.best is found.sequential
     assert measured <= found.sequential.measured[0].seconds
     assert found.median_error == pytest.approx(1 - 1 / 1.04)
-    lines = list(table(record(found, {"model": "llama-3-8b", "gpu": "NVIDIA H200"})))
+    lines = list(table(record(found, [None], {"model": "llama-3-8b", "gpu": "NVIDIA H200"})))
     assert len(lines) == 5 + len(wanted) + 1
     assert "off by 3.8 % (median)" in lines[-1]
 
@@ -173,10 +174,11 @@ def test_the_sequential_step_is_the_sum_of_its_operations() -> None:
 def test_a_plan_is_predicted_alike_by_whoever_made_it() -> None:
     """Turning a candidate's plan back into rounds loses nothing."""
     profile, shape = formula_profile(), batch_shape(LOAD)
-    for candidate in find_candidates(OPERATIONS, shape, profile, seconds=4, count=5):
-        again = of_plan(candidate.plan, MODEL, profile, shape)
+    after = profile.cost(LM_HEAD, shape.decode_tokens).seconds
+    for proposal in propose(OPERATIONS, shape, profile, seconds=4, count=5):
+        again = of_plan(proposal.plan, MODEL, profile, shape)
         assert again is not None
-        assert again.seconds == pytest.approx(of_candidate(candidate, MODEL, profile, shape).seconds, rel=1e-6)
+        assert again.seconds == pytest.approx(32 * proposal.period + after, rel=1e-6)
 
 
 def test_what_cannot_be_predicted() -> None:
@@ -213,7 +215,7 @@ def test_candidates_of_different_batches_do_not_mix() -> None:
 
 def test_a_search_record_says_nothing_that_was_not_measured() -> None:
     results = tuple(Result(candidate) for candidate in without_profile())
-    found = record(Search((LOAD,), results, results[0]), {"model": "m"})
+    found = record(Search((LOAD,), results, results[0]), [None], {"model": "m", "profile": "p"})
     assert found["chosen"] is None
     assert all(load["measured_s"] is None for plan in found["plans"] for load in plan["loads"])
     assert "fastest" not in "\n".join(table(found))
