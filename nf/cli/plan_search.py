@@ -222,11 +222,8 @@ def table(result: dict[str, Any]) -> Iterator[str]:
                 yield f"  {plan['name']:<{width}}  {plan['error']}"
                 continue
             own = plan["loads"][number]
-            own |= {"j_per_token": None if own["measured_j"] is None else own["measured_j"] / tokens}
-            cells = (
-                f"{_number(own[key], scale, digits, unit):>{size}}" for _, size, key, scale, digits, unit in columns
-            )
-            yield f"  {plan['name']:<{width}}" + "".join(cells)
+            cells = ((_number(own[key], scale, digits, unit), size) for _, size, key, scale, digits, unit in columns)
+            yield f"  {plan['name']:<{width}}" + "".join(f"{text:>{size}}" for text, size in cells)
         if (bound := load["predicted_bound_s"]) is not None:
             best = min(p["loads"][number]["predicted_s"] or math.inf for p in result["plans"])
             yield (
