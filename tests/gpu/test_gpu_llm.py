@@ -174,11 +174,18 @@ def test_sampling_parameters_reach_the_gpu(gpu: LLM) -> None:
     assert greedy == [one(temperature=0, max_tokens=20).outputs[0].token_ids] * 3
 
 
-def test_an_abort_frees_everything_and_harms_nobody(cpu: LLM) -> None:
+@pytest.mark.parametrize("num_pages", [None, 64])
+def test_an_abort_frees_everything_and_harms_nobody(
+    cpu: LLM, monkeypatch: pytest.MonkeyPatch, num_pages: int | None
+) -> None:
+    """Also while the pages of some are on the host, or on their way there."""
+    monkeypatch.setattr("nf.scheduler.memory.PRIOR_OUTPUT_LEN", 4.0)  # so all are admitted, and memory runs out later
+    options: dict[str, Any] = {"num_pages": num_pages, "num_host_pages": 64, "preemption": "swap"}
+
     async def main() -> list[RequestOutput]:
-        async with AsyncLLM("nf-tiny", device="cuda", max_num_batched_tokens=128) as llm:
+        async with AsyncLLM("nf-tiny", device="cuda", max_num_batched_tokens=128, **options) as llm:
             scheduler = llm.loaded.scheduler
-            free = scheduler.num_free_pages
+            free = scheduler.num_free_pages, scheduler.num_free_host_pages
 
             async def collect(index: int) -> RequestOutput:
                 last, seen = None, 0
@@ -193,10 +200,11 @@ def test_an_abort_frees_everything_and_harms_nobody(cpu: LLM) -> None:
             outputs = await asyncio.gather(*map(collect, range(16)))
             while scheduler.has_work:
                 await asyncio.sleep(0.01)
-            assert scheduler.num_free_pages == free
+            assert (scheduler.num_free_pages, scheduler.num_free_host_pages) == free
             return outputs
 
     outputs = asyncio.run(main())
+    assert (sum(output.metrics.preemptions for output in outputs) > 0) == (num_pages is not None)
     assert [output.outputs[0].finish_reason for output in outputs] == ["length", "abort"] * 8
     check_greedy(cpu, outputs)
 
