@@ -52,7 +52,7 @@ Curve = tuple[CurvePoint, ...]
 
 
 def curve(profile: Profile, first: Iterable[str], second: Iterable[str], *, dominated: bool = False) -> Curve:
-    """The R → P curve between two groups of operations: the mean over all their pairs in ``profile``, by SM count.
+    """The R → P curve between two groups of operations: the mean over their pairs in ``profile``, by SM count.
 
     Args:
         first: names of compute-bound operations.
@@ -87,22 +87,33 @@ def _by_share(points: Iterable[CurvePoint]) -> Curve:
 
 
 def _mean(profile: Profile, sms: Sms, pairs: Sequence[CoRun]) -> CurvePoint:
+    """Long GEMMs weigh more than short ones, as they are what another operation overlaps for most of its time."""
+    weights = [_alone(profile, pair.first, "all") for pair in pairs]
+
+    def mean(values: Iterable[float]) -> float:
+        return min(1.0, fmean(values, weights))
+
     kept = [_relative(profile, pair.first, "all") for pair in pairs]
     speed = [_relative(profile, pair.second, "all") for pair in pairs]
     return CurvePoint(
         sms=sms,
-        kept=min(1.0, fmean(kept)),
-        speed=min(1.0, fmean(speed)),
-        kept_in_partition=min(1.0, fmean(_relative(profile, pair.first, pair.first.sms) for pair in pairs)),
-        speed_in_partition=min(1.0, fmean(_relative(profile, pair.second, pair.second.sms) for pair in pairs)),
-        watts=fmean(pair.watts for pair in pairs),
+        kept=mean(kept),
+        speed=mean(speed),
+        kept_in_partition=mean(_relative(profile, pair.first, pair.first.sms) for pair in pairs),
+        speed_in_partition=mean(_relative(profile, pair.second, pair.second.sms) for pair in pairs),
+        watts=fmean((pair.watts for pair in pairs), weights),
         spread=max(pstdev(kept), pstdev(speed)),
     )
 
 
 def _relative(profile: Profile, side: Side, sms: Sms) -> float:
     """Performance beside the other operation over that alone on ``sms``."""
-    return profile.cost(side.operation, side.rows, sms, side.context).seconds / side.seconds
+    return _alone(profile, side, sms) / side.seconds
+
+
+def _alone(profile: Profile, side: Side, sms: Sms) -> float:
+    """Seconds of the same nano-operation on ``sms`` with nothing beside it."""
+    return profile.cost(side.operation, side.rows, sms, side.context).seconds
 
 
 def published(points: Mapping[float, float]) -> Curve:

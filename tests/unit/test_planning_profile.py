@@ -134,7 +134,7 @@ def test_between_sm_counts_speed_is_linear_and_context_scales() -> None:
         made.cost("gate_up_proj", 128)
 
 
-def test_a_curve_is_the_mean_of_its_pairs() -> None:
+def test_a_curve_is_the_mean_of_its_pairs_by_length() -> None:
     def pair(rows: int, kept: float, speed: float, sms: int | str) -> CoRun:
         compute = 116 if sms == 16 else "all"
         first = Side("o_proj", rows, compute, 0, rows * 1e-7 / kept)  # type: ignore[arg-type]
@@ -148,8 +148,9 @@ def test_a_curve_is_the_mean_of_its_pairs() -> None:
     )
     shared, partition = sorted(curve(made, ["o_proj"], ["decode_attention"]), key=lambda p: str(p.sms), reverse=True)
     assert (shared.kept, shared.speed, shared.kept_in_partition) == pytest.approx((0.6, 0.9, 0.6))
-    assert (partition.kept, partition.speed, partition.share) == pytest.approx((0.75, 0.55, 0.25))
-    assert partition.kept_in_partition == pytest.approx(0.75 / 0.9)
+    assert (partition.kept, partition.speed) == pytest.approx(((0.7 + 2 * 0.8) / 3, (0.5 + 2 * 0.6) / 3))
+    assert partition.share == pytest.approx(1 - partition.kept)
+    assert partition.kept_in_partition == pytest.approx(partition.kept / 0.9)
     assert partition.spread == pytest.approx(0.05)
     assert curve(made, ["qkv_proj"], ["decode_attention"]) == ()
 
