@@ -7,6 +7,7 @@ layers is launched on the lane that the graph begins and ends on.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -20,6 +21,8 @@ LaunchStep = Callable[[LayerStep, Lane, bool], None]
 has ended (programmatic dependent launch), because nothing else has to be waited for."""
 
 LaunchOnStream = Callable[[int], None]
+
+_CAPTURING = threading.Lock()  # executors share lanes, and those of two engines may be made at the same time
 
 
 class Graph:
@@ -82,17 +85,19 @@ def capture(
     from cuda.bindings import driver
 
     modes = driver.CUstreamCaptureMode
-    checked(driver.cuStreamBeginCapture(origin, modes.CU_STREAM_CAPTURE_MODE_RELAXED))
-    try:
-        begin(origin)
-        _launch_all(steps, lanes, origin, launch)
-        finish(origin)
-    except BaseException:
-        status, captured = driver.cuStreamEndCapture(origin)  # its error, if any, follows from that on its way
-        if not int(status):
-            driver.cuGraphDestroy(captured)
-        raise
-    return Graph(checked(driver.cuStreamEndCapture(origin)))
+    with _CAPTURING:
+        checked(driver.cuStreamBeginCapture(origin, modes.CU_STREAM_CAPTURE_MODE_RELAXED))
+        try:
+            begin(origin)
+            _launch_all(steps, lanes, origin, launch)
+            finish(origin)
+        except BaseException:
+            status, captured = driver.cuStreamEndCapture(origin)  # its error, if any, follows from that on its way
+            if not int(status):
+                driver.cuGraphDestroy(captured)
+            raise
+        captured = checked(driver.cuStreamEndCapture(origin))
+    return Graph(captured)
 
 
 def _launch_all(steps: Sequence[LayerStep], lanes: Sequence[Lane], origin: int, launch: LaunchStep) -> None:

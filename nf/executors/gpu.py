@@ -131,7 +131,8 @@ class GpuExecutor:
         self._collector.start()
 
     def submit(self, batch: Batch) -> StepHandle:
-        """Enqueue one step and return at once. A failure is delivered by the handle, and by every later one.
+        """Enqueue one step and return at once, unless MAX_IN_FLIGHT are under way: then wait for one. A failure is
+        delivered by the handle, and by every later one.
 
         Raises:
             EngineError: the executor is closed.

@@ -29,10 +29,11 @@ from gpu_runs import (
 )
 
 from nf.config import RopeConfig
-from nf.errors import EngineError
+from nf.errors import EngineError, ModelError
+from nf.executors import gpu
 from nf.executors.cpu_sampling import sample
 from nf.executors.gpu import GpuExecutor
-from nf.graphs.plan import nano_batch_plan
+from nf.graphs.plan import nano_batch_plan, unroll
 from nf.kernels.device import Device, DeviceMemoryError
 from nf.scheduler.batch import Batch, PromptLogprobsBatch, SamplingBatch
 
@@ -373,6 +374,34 @@ def test_a_step_may_hold_no_tokens_and_sample_nothing() -> None:
 
 def nothing() -> SamplingBatch:
     return sampling_batch([], [], [])
+
+
+def test_a_traced_step_tells_of_every_nano_operation_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "TRACE_WARM_SECONDS", 0.05)
+    plan, sequences = nano_batch_plan(MODEL.operations, DENSE), random_sequences(8)
+    batch = maker().batch([Part(slot, 0, (sequences[slot] * MAX_LEN)[:145]) for slot in range(2)])
+    with gpu_executor(MODEL, WEIGHTS, plan) as run:
+        before = tokens_of(run, batch)
+        spans = run.trace(batch)
+        assert tokens_of(run, batch) == before
+        run.close()
+        with pytest.raises(EngineError, match="closed"):
+            run.trace(batch)
+    steps = unroll(plan, MODEL.operations, MODEL.config.num_layers)
+    names = [f"{step.operation.name} [{step.start}, {step.stop}) layer {step.layer}" for step in steps]
+    assert [span.name for span in spans] == ["embed and plan", *names, "logits and sampling"]
+    assert {span.stream for span in spans} == {"step", *(stream.name for stream in plan.streams)}
+    assert all(span.start_us >= 0 and span.duration_us >= 0 for span in spans)
+    assert max(spans, key=lambda span: span.start_us).name == "logits and sampling"
+
+
+def test_a_model_without_kernels_leaves_nothing_behind() -> None:
+    model = model_for_gpu(qkv_bias=True, o_bias=True)
+    weights, device = weights_for_gpu(model, 0), Device()
+    free = device.memory()[0]
+    with pytest.raises(ModelError, match=r"^o_bias: "), gpu_executor(model, weights, DENSE):
+        pass
+    assert device.memory()[0] >= free - (32 << 20)
 
 
 def test_opening_and_closing_leaves_nothing_behind() -> None:

@@ -1,0 +1,102 @@
+"""A traced step: every nano-operation between two events, whose times become spans. On doubles of events and graphs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from plan_cases import LLAMA
+
+from nf.executors import gpu_trace
+from nf.executors.gpu_trace import capture_traced
+from nf.graphs.partition import Lane
+from nf.graphs.plan import nano_batch_plan, unroll
+from nf.kernels.device import CudaError
+
+ORIGIN, LAUNCH_TIME = 1, 2.5e-6
+LANES = (Lane("compute", 2, 132), Lane("memory", 3, 132))
+
+
+class Card:
+    """A clock that every launch advances; events that were made and not freed."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+        self.live = 0
+        self.replays = 0
+        self.launched: list[tuple[str, int]] = []
+        self.fails_at = -1
+
+    def event(self, *, timing: bool) -> Any:
+        assert timing
+        self.live += 1
+        event = SimpleNamespace(at=None, free=self.freed)
+
+        def record_in_graph(_stream: int) -> None:
+            event.at = self.clock
+
+        event.record_in_graph, event.since = record_in_graph, lambda other: event.at - other.at
+        return event
+
+    def freed(self) -> None:
+        self.live -= 1
+
+    def launch(self, name: str, stream: int) -> None:
+        if len(self.launched) == self.fails_at:
+            raise CudaError("the driver answered")
+        self.launched.append((name, stream))
+        self.clock += LAUNCH_TIME
+
+    def capture(self, steps: Any, lanes: Any, origin: int, *, begin: Any, launch: Any, finish: Any) -> Any:
+        begin(origin)
+        for step in steps:
+            launch(step, lanes[step.stream], True)
+        finish(origin)
+        self.live += 1
+
+        def replay(_stream: int) -> None:
+            self.replays += 1
+
+        return SimpleNamespace(launch=replay, free=self.freed)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    card = Card()
+    monkeypatch.setattr(gpu_trace, "Event", card.event)
+    monkeypatch.setattr(gpu_trace, "capture", card.capture)
+    return card
+
+
+def trace(card: Card) -> Any:
+    def launch(step: Any, lane: Lane, pdl: bool) -> None:
+        assert not pdl  # it would overlap the one before
+        card.launch(step.operation.name, lane.stream)
+
+    layers: Any = SimpleNamespace(
+        begin=lambda stream: card.launch("begin", stream),
+        launch=launch,
+        finish=lambda stream: card.launch("finish", stream),
+    )
+    stream: Any = SimpleNamespace(handle=ORIGIN, synchronize=lambda: None)
+    return capture_traced(layers, unroll(nano_batch_plan(LLAMA, 64), LLAMA, 2), LANES, stream)
+
+
+def test_every_launch_has_a_span_on_its_stream(card: Card) -> None:
+    spans = trace(card)
+    steps = unroll(nano_batch_plan(LLAMA, 64), LLAMA, 2)
+    names = [f"{s.operation.name} [{s.start}, {s.stop}) layer {s.layer}" for s in steps]
+    assert [span.name for span in spans] == ["embed and plan", *names, "logits and sampling"]
+    assert [span.stream for span in spans] == ["step", *(LANES[s.stream].name for s in steps), "step"]
+    assert [stream for _, stream in card.launched] == [ORIGIN, *(LANES[s.stream].stream for s in steps), ORIGIN]
+    assert [span.start_us for span in spans] == pytest.approx([2.5 * index for index in range(len(spans))])
+    assert [span.duration_us for span in spans] == pytest.approx([2.5] * len(spans))
+    assert (card.replays, card.live) == (2, 0)
+
+
+def test_a_trace_that_fails_leaves_nothing(card: Card) -> None:
+    card.fails_at = 5
+    with pytest.raises(CudaError):
+        trace(card)
+    assert (card.replays, card.live) == (0, 0)
