@@ -283,6 +283,7 @@ class GpuExecutor:
             graphs[plan.dense_batch_size] = graph
         self._pool = GraphPool(graphs)
         self._stream.synchronize()
+        undo.callback(self._stream.synchronize)  # first: part of a step that could not be enqueued whole may run yet
         self.startup["capture"] = time.perf_counter() - started
 
     def _lanes(self, plan: PipelinePlan) -> Sequence[Lane]:

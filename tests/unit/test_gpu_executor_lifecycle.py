@@ -43,6 +43,7 @@ class Card:
         self.results: list[Future[Any]] = []
         self.refuses_to_free = False
         self.refuses_to_move = False
+        self.waited_before_freeing = False
         self.fails_at, self.fails_after = "", 0
 
     def owner(self, name: str) -> Any:
@@ -77,6 +78,11 @@ class Card:
         self.results.append(future)
         return SimpleNamespace(result=future.result)
 
+    def wait(self) -> None:
+        self.waited_before_freeing = not self.freed
+        if self.refuses_to_free:
+            raise CudaError("the driver answered CUDA_ERROR_ILLEGAL_ADDRESS")
+
     def move(self, *_: Any) -> None:
         if self.refuses_to_move:
             raise CudaError("the driver answered CUDA_ERROR_INVALID_VALUE")
@@ -106,7 +112,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     doubles = {
         "LayerKernels": lambda *_, **__: SimpleNamespace(page_copy=None),
         "Layers": lambda *_: SimpleNamespace(begin=None, launch=None, finish=None),
-        "Stream": lambda: card.made("stream", handle=7, synchronize=lambda: None),
+        "Stream": lambda: card.made("stream", handle=7, synchronize=card.wait),
         "Event": card.event,
         "KvPages": lambda *_, **__: card.made("pages", page_bytes=1, move=card.move),
         "step_memory": card.memory,
@@ -179,7 +185,9 @@ def test_a_step_that_cannot_be_enqueued_fails_and_later_ones_neither_run_nor_wai
     assert isinstance(bad.exception(timeout=0), CudaError)
     assert {handle.exception(timeout=0) for handle in after} == {bad.exception()}
     assert len(card.results) == 1
+    card.waited_before_freeing = False
     runs.close()
+    assert card.waited_before_freeing  # the bad step's part that was enqueued
     assert card.held == []
 
 
