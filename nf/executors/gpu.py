@@ -215,7 +215,7 @@ class GpuExecutor:
         self._closed = True
         self._running.put(None)
         self._collector.join()
-        self._device.use()
+        self._undo.callback(self._device.use)  # first
         try:
             self._undo.close()
         except CudaError:
@@ -309,8 +309,6 @@ class GpuExecutor:
     def _prompt_logprobs(self, rows: int, stream: int) -> None:
         """Log-probabilities of prompt tokens, as many rows at a time as there is room for logits."""
         inputs, block = self._memory.inputs.pointers, self._sizes.max_num_seqs
-        if not rows:
-            return
         for start in range(0, rows, block):
             stop = min(start + block, self._sizes.dense_batch_size)
             self._layers.logits(

@@ -15,6 +15,7 @@ from small_models import write_model
 import nf.backends
 import nf.loading
 from nf.backends import GpuBackend
+from nf.cli.main import main
 from nf.config import ModelConfig
 from nf.device_choice import DeviceChoice
 from nf.errors import InputError, ModelError
@@ -24,6 +25,7 @@ from nf.graphs.plan import nano_batch_plan
 from nf.graphs.plan_store import save_plan
 from nf.kernels import registry
 from nf.kernels.compile import CompileError
+from nf.kernels.device import DeviceMemoryError
 from nf.llm import LLM
 from nf.loading import Loaded, load
 from nf.models import shapes
@@ -203,6 +205,23 @@ def test_partitions_that_the_gpu_cannot_give_are_refused_before_weights_are_read
     with pytest.raises(InputError, match=r"^sms: .* the nearest it can is 104"):
         load(small_shape, random_weights=True, plan=str(tmp_path / "plan.json"))
     assert the_gpu.calls == []
+
+
+@pytest.mark.parametrize("part", ["weights", "17 KV pages"])
+def test_too_little_memory_while_loading_is_one_sentence_and_a_failure(
+    the_gpu: Gpu, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = f"{part} need 14.96 GiB of GPU memory, and 3.01 of 16.00 GiB are free"
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise DeviceMemoryError(said)
+
+    where = (gpu_weights, "load_device_weights") if part == "weights" else (gpu, "GpuExecutor")
+    monkeypatch.setattr(*where, refuse)
+    assert main(["generate", "-p", "text"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"nf generate: {said}\n")
+    assert len(the_gpu.calls) == (part != "weights")
 
 
 @pytest.mark.parametrize(
