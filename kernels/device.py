@@ -68,9 +68,8 @@ class Device:
         self.use()
         self.name: str = checked(driver.cuDeviceGetName(256, self.handle)).partition(b"\0")[0].decode()
         self.sms = self._attribute("MULTIPROCESSOR_COUNT")
-        capability = self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
-        self.compute_capability = capability
-        self.arch = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
+        major, minor = self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR")
+        self.arch = f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
     def use(self) -> None:
         """Make the context current for the calling thread."""
@@ -84,11 +83,6 @@ class Device:
 
         free, total = checked(driver.cuMemGetInfo())
         return int(free), int(total)
-
-    def synchronize(self) -> None:
-        from cuda.bindings import driver
-
-        checked(driver.cuCtxSynchronize())
 
     def _attribute(self, name: str) -> int:
         from cuda.bindings import driver
