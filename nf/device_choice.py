@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nf.config import Device
-from nf.errors import InputError
+from nf.errors import InputError, NfError
 
 if TYPE_CHECKING:  # `nf --help` imports this
     from nf.models.declaration import Model, Weight
@@ -49,6 +49,13 @@ def choose_device(asked: Device, model: Model | None = None) -> DeviceChoice:
     if asked == "cuda":
         raise InputError("device", f"'cuda' cannot be had: {problem}; use 'cpu' or 'auto'")
     return DeviceChoice("cpu", problem)
+
+
+def need_gpu(model: Model | None = None) -> None:
+    """Raise NfError, which says why, if this machine has no GPU that can run ``model``."""
+    choice = choose_device("auto", model)
+    if choice.name != "cuda":
+        raise NfError(choice.reason)
 
 
 def gpu_devices() -> tuple[list[dict[str, Any]], str | None]:

@@ -9,14 +9,14 @@ from ``load(...)`` to the first token of a prompt of 64, with imports done.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from nf.device_choice import choose_device
+from nf.cli.parser import CommandParser
+from nf.device_choice import need_gpu
 from nf.errors import NfError
 from nf.executors.gpu_weights import DeviceWeights, load_device_weights, random_device_weights
 from nf.kernels.device import Device
@@ -37,9 +37,9 @@ def measure(folder: Path, shapes: list[str], repeat: int) -> list[dict[str, Any]
     Raises:
         NfError: the checkpoint or the GPU cannot be used.
     """
-    choose_device("cuda")
-    Device()
     model = declare(read_config(folder))
+    need_gpu(model)
+    Device()
     rows = [_row(f"read {folder}", lambda: load_device_weights(model, folder)) for _ in range(repeat)]
     for name in shapes:
         declared = declare(shape(name))
@@ -67,7 +67,7 @@ def _start(model: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="model directory")
     parser.add_argument(
         "--shape", nargs="*", choices=SHAPES, default=["llama-3-8b"], help="drawn (default %(default)s)"

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from nf.cli.parser import CommandParser
+from nf.errors import InputError
 from nf.request import Request
 from nf.sampling_params import SamplingParams
 from nf.scheduler import scheduler as scheduler_module
@@ -145,7 +147,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--running", type=int, default=1024, help="slots, all in use (default %(default)s)")
     parser.add_argument("--waiting", type=int, default=64, help="requests in the queue (default %(default)s)")
     parser.add_argument("--dense-batch-size", type=int, default=2560, help="rows per step (default %(default)s)")
@@ -158,7 +160,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2000, help="steps measured (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    result = measure(args := parser.parse_args())
+    args = parser.parse_args()
+    for name in ("running", "waiting", "output", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: must be at least 1, not {getattr(args, name)}")
+    try:
+        result = measure(args)
+    except InputError as error:
+        parser.error(str(error))
     if args.json:
         print(json.dumps(result))
         return 0

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # vLLM's environment need no
 from nf.bench.environment import environment, write_record
 from nf.bench.power import ENGINE_POLL_SECONDS, PowerMeter
 from nf.bench.workload import Workload
+from nf.cli.parser import CommandParser
 from nf.cli.workload_options import add_workload_options, read_workload
 from nf.errors import InputError
 from nf.models.hf_config import read_config
@@ -32,7 +33,7 @@ SAME = ("requests", "input_tokens", "output_tokens", "seed")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("model", type=Path, metavar="DIR", help="model directory")
     add_workload_options(parser)
     group = parser.add_argument_group("engine")

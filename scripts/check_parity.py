@@ -9,7 +9,6 @@ transformers in bfloat16. Fails if an error is above 2e-2 or an agreement below 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -22,11 +21,12 @@ sys.path[:0] = [str(TESTS), str(TESTS / "gpu")]
 
 from parity import AGREEMENT, CASES, DENSE_BATCH_SIZE, ERROR, TOKENS, measure, write_checkpoint  # noqa: E402
 
+from nf.cli.parser import CommandParser  # noqa: E402
 from nf.graphs.plan import load_plan  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}; all by default")
     parser.add_argument("--plan", default="nano-batch", help="name or file of the pipeline plan")
     parser.add_argument("--directory", help="where checkpoints of up to 12 GB are put for a while")

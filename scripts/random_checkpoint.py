@@ -8,7 +8,6 @@ the same 16 million random values, each from a place of its own.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from nf.cli.parser import CommandParser
 from nf.config import ModelConfig
 from nf.errors import InputError
 from nf.models.declaration import Weight
@@ -104,7 +104,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("shape", help="e.g. llama-3-8b")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)

@@ -22,6 +22,8 @@ from typing import Any
 
 from nf.bench.gemm_cases import HEADS, MODELS
 from nf.bench.kernels import normal
+from nf.cli.parser import CommandParser
+from nf.errors import NfError
 from nf.kernels.compile import compile_kernels, load_bundle
 from nf.kernels.gemm import (
     TABLE,
@@ -103,10 +105,18 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def new_record(**more: Any) -> dict[str, Any]:
-    """Where and when, and room for points."""
+    """Where and when, and room for points.
+
+    Raises:
+        NfError: there is no GPU, or no cupy.
+    """
     from nf.bench import cublas
     from nf.bench.environment import environment
+    from nf.bench.measure import need_cupy
+    from nf.device_choice import need_gpu
 
+    need_gpu()
+    need_cupy()
     here = environment()
     told = {name: here[name] for name in ("date", "commit", "driver")}
     return {**told, "gpu": here["gpus"][0]["name"], "cublas": cublas.version(), **more, "points": []}
@@ -260,7 +270,7 @@ def _fit(point: dict[str, Any]) -> set[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("compile", "measure"):
         command = commands.add_parser(name)
@@ -285,7 +295,10 @@ def main() -> None:
         for artifact in compile_kernels(_sources(_configs(args), args.names), "sm_90a", folder=args.bundle):
             print(artifact.source.name, *artifact.resources)
     elif args.command == "measure":
-        measure(args)
+        try:
+            measure(args)
+        except NfError as error:
+            parser.exit(1, f"tune_gemm: {error}\n")
     else:
         table = reduce(args.files, set(args.only) if args.only else None)
         lines = ",\n".join(f"  {json.dumps(entry)}" for entry in table["entries"])

@@ -12,7 +12,6 @@ keeps what is faster. The record goes to ``tune_gemm.py reduce``; its seconds ar
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 from collections.abc import Iterator
@@ -25,6 +24,8 @@ from nf.bench import cublas
 from nf.bench.gemm_cases import MODELS
 from nf.bench.kernels import normal
 from nf.bench.measure import Call, measure
+from nf.cli.parser import CommandParser
+from nf.errors import NfError
 from nf.kernels.compile import compile_kernels, load_bundle
 from nf.kernels.gemm import GemmChoice, GemmConfig, GemmKernels
 
@@ -98,19 +99,24 @@ def descend(layer: Layer, model: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("command", choices=("compile", "measure"))
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.command == "measure" and args.out is None:
+        parser.error("--out: measure needs a file for its record")
     sources = [config.source("none") for rows in args.rows for config in candidates(rows)]
     if args.command == "compile":
         compile_kernels(sources, "sm_90a", folder=args.bundle)
         return
-    record = new_record(note="seconds of a whole layer")
-    kernels = GemmKernels(load_bundle(sources, "sm_90a", args.bundle))
+    try:
+        record = new_record(note="seconds of a whole layer")
+        kernels = GemmKernels(load_bundle(sources, "sm_90a", args.bundle))
+    except NfError as error:
+        parser.exit(1, f"tune_gemm_layer: {error}\n")
     for model in args.models:
         weights = {name: normal(n, k) for name, (n, k) in MODELS[model].items()}
         for rows in args.rows:

@@ -129,7 +129,7 @@ def _stream(sms: int) -> int:
 
 
 def _epilogue(bench: Bench, name: str, shape: Shape, epilogue: Epilogue, count: int = 2048) -> Row:
-    """The same product with and without an epilogue, in the same configuration."""
+    """The same product with and without an epilogue, each in the configuration chosen for it."""
     n, k = shape
     kernels = GemmKernels(bench.artifacts(sources()))
     w = bench.normal(n, k, scale=k**-0.5)

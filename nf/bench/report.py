@@ -60,7 +60,8 @@ def _title(record: dict[str, Any]) -> str:
     count = workload["requests"]
     means = f"{workload['input_tokens'] / count:,.0f} in / {workload['output_tokens'] / count:,.0f} out"
     trace = "" if workload["name"] == means.replace(",", "") else f" ({workload['name']})"
-    return f"{record['model']} on {options['device']}, plan {options['plan']}, {count:,} requests of {means}{trace}"
+    requests = "request" if count == 1 else "requests"
+    return f"{record['model']} on {options['device']}, plan {options['plan']}, {count:,} {requests} of {means}{trace}"
 
 
 def _rates(rates: dict[str, float]) -> str:

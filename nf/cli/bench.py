@@ -63,16 +63,14 @@ def run(args: argparse.Namespace) -> int:
 def _kernels(args: argparse.Namespace) -> int:
     from nf.bench.environment import write_record
     from nf.bench.kernels import CASES, Row, line, record, run
-    from nf.device_choice import choose_device
-    from nf.errors import InputError, NfError
+    from nf.device_choice import need_gpu
+    from nf.errors import InputError
 
     for name in args.only:
         if name not in CASES:
             raise InputError("--only", f"must be one of {', '.join(CASES)}, not {name!r}")
     check_writable("--json", args.json)
-    choice = choose_device("auto")
-    if choice.name != "cuda":
-        raise NfError(choice.reason)
+    need_gpu()
     rows: list[Row] = []
     try:
         for row in run(args.only):

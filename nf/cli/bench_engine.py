@@ -42,7 +42,7 @@ first token (TTFT) and time per output token after it (TPOT).
 _LATENCY_EXAMPLES = """\
 examples:
   nf bench latency --request-rate 1 2 4 8 --num-prompts 32 --input-len 64 --output-len 32
-  nf bench latency ./llama --trace chat.csv --request-rate 5 10 20 --num-prompts 1000 --json out.json
+  nf bench latency ./llama --trace chat.csv --request-rate 5 10 20 --num-prompts 1000 --json l.json
 """
 
 
@@ -67,7 +67,7 @@ def add_parsers(commands: Any) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL",
+        "model", nargs="?", metavar="MODEL",
         help=f"a directory, a Hugging Face name, or the bundled {DEFAULT_MODEL} (default)",
     )  # fmt: skip
     parser.add_argument("--random-weights", action="store_true", help="draw weights instead of reading them")
@@ -158,6 +158,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Subject, Workload]:
         check_writable(flag, path)
     if args.shape is not None and not args.random_weights:
         raise InputError("--shape", "names a model without weights; add --random-weights")
+    if args.shape is not None and args.model is not None:
+        raise InputError("--shape", f"is the model to measure, and so is {args.model}; name one of them")
     workload, options = read_workload(args), engine_options(args)
     if args.random_weights:
         options["random_weights"] = True
@@ -190,5 +192,5 @@ def _ceilings(subject: Subject) -> Any:
 
 def _name(args: argparse.Namespace) -> str:
     """Of the model: what it is loaded by."""
-    name: str = args.shape or args.model
+    name: str = args.shape or args.model or DEFAULT_MODEL
     return name

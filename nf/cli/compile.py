@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nf.cli.options import named_by_flag
+
 _DESCRIPTION = """\
 Compile every kernel for a GPU architecture, on any machine: neither a GPU nor a driver is needed.
 Without --out the kernels go to the cache, where they are looked for; with --out they make a kernel
@@ -49,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
             compiled += 1
             bar.update()
 
-        artifacts = compile_kernels(sources, args.arch, folder=args.out, processes=args.jobs, progress=progress)
+        with named_by_flag():
+            artifacts = compile_kernels(sources, args.arch, folder=args.out, processes=args.jobs, progress=progress)
     if not args.quiet:
         size = sum(artifact.path.stat().st_size for artifact in artifacts)
         where = args.out or cache_dir() / "kernels"

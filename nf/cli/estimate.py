@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nf.cli.files import check_picture
+
 if TYPE_CHECKING:
     from nf.config import ModelConfig
     from nf.planning.cost_model import Estimate, Rates
@@ -55,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.counting not in [*Counting]:
         raise InputError("--counting", f"must be one of {', '.join(Counting)}, not {shown(args.counting)}")
-    if args.plot is not None and not args.plot.endswith(".svg"):
-        raise InputError("--plot", f"must name a file that ends in .svg, not {shown(args.plot)}")
+    check_picture(args.plot)
     model = declare(model_config(args.model))
     found = estimate(
         model,

@@ -78,7 +78,20 @@ ENGINE_OPTIONS = (
     "device", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "page_size",
     "num_pages", "num_host_pages", "preemption", "tensor_parallel_size", "plan",
 )  # fmt: skip
-_FLAGS = frozenset({*ENGINE_OPTIONS, *SamplingParams.__dataclass_fields__, "chat_template"})
+_FLAGS = frozenset((
+    *ENGINE_OPTIONS, *SamplingParams.__dataclass_fields__, "chat_template", "arch", "dense_batch_size", "input_len",
+    "output_len",
+))  # fmt: skip
+    {
+        *ENGINE_OPTIONS,
+        *SamplingParams.__dataclass_fields__,
+        "chat_template",
+        "arch",
+        "dense_batch_size",
+        "input_len",
+        "output_len",
+    }
+)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

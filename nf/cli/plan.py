@@ -6,6 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from nf.cli import estimate, plan_profile, plan_search, plan_shares
+from nf.cli.files import check_picture
+from nf.cli.options import named_by_flag
 from nf.cli.parser import add_common_options
 
 if TYPE_CHECKING:  # the commands import what they need when they run
@@ -33,6 +35,13 @@ examples:
   nf plan show sequential --model ./mixtral
   nf plan show nano-batch --dense-batch-size 512 --layers 2
   nf plan show mine.json --model llama-3-8b --profile h200.json --plot mine.svg
+"""
+
+
+_VALIDATE_EXAMPLES = """\
+examples:
+  nf plan show nano-batch --json > mine.json
+  nf plan validate mine.json --gpu-sms 132
 """
 
 
@@ -64,6 +73,7 @@ def add_parser(subparsers: Any) -> None:
         help="check a plan file",
         description="Check that a plan runs every operation on every token once and cannot deadlock.",
     )
+    check.epilog = _VALIDATE_EXAMPLES
     check.add_argument("file", metavar="FILE", help="JSON file")
     _add_model(check)
     check.add_argument("--gpu-sms", type=int, metavar="N", help="SMs the plan's partitions must fit into")
@@ -108,7 +118,9 @@ def _show(args: argparse.Namespace) -> int:
 
     if args.layers is not None and not 1 <= args.layers <= 1000:
         raise InputError("--layers", f"must be 1 to 1000, got {args.layers}")
-    plan_profile.check_svg(args.plot)
+    check_picture(args.plot)
+    if args.profile is not None and args.plot is None:
+        raise InputError("--profile", "is for the drawing; add --plot FILE")
     model = _model(args.model)
     operations = model.operations
     plan = _load(args.plan, operations, args.dense_batch_size)
@@ -131,7 +143,8 @@ def _plot(args: argparse.Namespace, plan: PipelinePlan, model: Model) -> None:
         from nf.planning.profile_file import read_profile
 
         profile = read_profile(Path(args.profile), shape_name(model.config))
-        (load,) = loads(plan.dense_batch_size, args.input_len, args.output_len)
+        with named_by_flag():
+            (load,) = loads(plan.dense_batch_size, args.input_len, args.output_len)
         lengths = profiled_lengths(profile, plan, batch_shape(load))
     Path(args.plot).write_text(plan_picture(plan, model.operations, lengths, args.layers), encoding="utf-8")
 
@@ -159,7 +172,10 @@ def _load(
 
     if dense_batch_size is None and name in BUILT_IN:
         dense_batch_size = EngineConfig().max_num_batched_tokens
-    return load_plan(name, operations, dense_batch_size, gpu_sms=gpu_sms)
+    if dense_batch_size is None:
+        return load_plan(name, operations, gpu_sms=gpu_sms)
+    with named_by_flag():
+        return load_plan(name, operations, dense_batch_size, gpu_sms=gpu_sms)
 
 
 def _model(model: str | None) -> Model:

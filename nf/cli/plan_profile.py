@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nf.cli.files import check_picture
+
 if TYPE_CHECKING:
     from nf.kernels.device import Device
     from nf.models.declaration import Model
@@ -16,9 +18,9 @@ if TYPE_CHECKING:
     from nf.planning.profiling import Filled
 
 DESCRIPTION = """\
-Measure what every nano-operation of a model takes on this machine's GPU: time and energy alone, over
-batch sizes and numbers of SMs, and how much a GEMM and decode attention slow each other down. What
-was measured before with the same GPU, driver and kernels is kept, so an interrupted run goes on.
+Measure what every nano-operation of a model takes on this machine's GPU: time and energy alone,
+over batch sizes and numbers of SMs, and how much a GEMM and decode attention slow each other down.
+What was measured with the same GPU, driver and kernels is kept, so an interrupted run goes on.
 """
 
 EXAMPLES = """\
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from nf.models.registry import declare
     from nf.planning.profile_file import read_profile
 
-    check_svg(args.plot)
+    check_picture(args.plot)
     model = declare(model_config(args.model))
     if args.profile is not None:
         profile = read_profile(Path(args.profile), shape_name(model.config))
@@ -65,23 +67,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_svg(file: str | None) -> None:
-    from nf.errors import InputError, shown
-
-    if file is not None and not file.endswith(".svg"):
-        raise InputError("--plot", f"must name a file that ends in .svg, not {shown(file)}")
-
-
 def the_gpu(model: Model) -> Device:
     """This machine's GPU, if it can run ``model``.
 
     Raises:
-        InputError: there is none, or it cannot.
+        NfError: there is none, or it cannot.
     """
-    from nf.device_choice import choose_device
-
-    choose_device("cuda", model)
+    from nf.device_choice import need_gpu
     from nf.kernels.device import Device
+
+    need_gpu(model)
 
     return Device()
 

@@ -10,7 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nf.cli.plan_profile import check_svg, measured_profile, the_gpu
+from nf.cli.files import check_picture
+from nf.cli.options import named_by_flag
+from nf.cli.plan_profile import measured_profile, the_gpu
 
 if TYPE_CHECKING:
     from nf.bench.steady_step import Load
@@ -20,10 +22,10 @@ if TYPE_CHECKING:
     from nf.planning.search import Candidate
 
 DESCRIPTION = """\
-Profile a model's nano-operations, look for the pipelines that should be the fastest (Stages I and II
-of NanoFlow, with power as a further resource), measure these and the sequential plan as whole steps
-at steady state, and keep the fastest: engines take it by themselves from then on. "Do not overlap" is
-among the candidates, and wins where nothing is clearly faster.
+Profile a model's nano-operations, look for the pipelines that should be the fastest (Stages I and
+II of NanoFlow, with power as a further resource), measure these and the sequential plan as whole
+steps at steady state, and keep the fastest: engines take it by themselves from then on. "Do not
+overlap" is among the candidates, and wins where nothing is clearly faster.
 """
 
 EXAMPLES = """\
@@ -32,7 +34,7 @@ examples:
   nf plan search ./llama --dense-batch-size 4096 --decode-share 0.1,0.3,0.5,0.7
   nf plan search llama-3-8b --add mine.json --count 0       measure a plan of your own
   nf plan search llama-3-8b --profile h200.json --predict-only      no GPU needed
-  nf plan search llama-3-8b --profile docs/examples/a100-nanoflow.json --predict-only \
+  nf plan search llama-3-8b --profile docs/examples/a100-nanoflow.json --predict-only \\
       --dense-batch-size 1024 --input-len 788 --output-len 473
 """
 
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from nf.models.registry import declare
     from nf.planning.integer_program import solver
 
-    check_svg(args.plot)
+    check_picture(args.plot)
     if args.count < 0:
         raise InputError("--count", f"must be at least 0, got {args.count}")
     if not args.seconds >= 0:
@@ -73,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--plot", "needs a step that runs; leave out --predict-only")
     if args.count:
         solver()  # before anything is measured for it
+    if args.plans_dir is not None:
+        Path(args.plans_dir).mkdir(parents=True, exist_ok=True)
     model = declare(model_config(args.model))
     needs_gpu = not args.predict_only or args.profile is None
     device = the_gpu(model) if needs_gpu else None
@@ -100,7 +104,8 @@ def _loads(args: argparse.Namespace, model: Model, device: Device | None) -> lis
 
         free = 0.92 * device.memory()[1] - layout(model).num_bytes - 2 * SPARE_BYTES
         room = int(max(1.0, free / kv_bytes_per_token(model.config)))
-    return loads(args.dense_batch_size, args.input_len, args.output_len, args.decode_share, room)
+    with named_by_flag():
+        return loads(args.dense_batch_size, args.input_len, args.output_len, args.decode_share, room)
 
 
 def _profile(args: argparse.Namespace, model: Model, device: Device | None) -> Profile | None:
@@ -131,7 +136,6 @@ def _candidates(
 
 
 def _write_plans(folder: Path, wanted: list[Candidate]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for number, candidate in enumerate(wanted):
         (folder / f"{number:02}.json").write_text(candidate.plan.to_json(), encoding="utf-8")
 
@@ -277,6 +281,9 @@ def _say(args: argparse.Namespace, words: str) -> None:
 
 def _shares(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        shares = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"takes shares such as 0.1,0.3, not {text!r}") from None
+        shares = ()
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"takes shares above 0 and below 1 such as 0.1,0.3, not {text!r}")
+    return shares

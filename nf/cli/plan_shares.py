@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from nf.planning.structure import StructureSearch
 
 DESCRIPTION = """\
-Stages I and II of NanoFlow as in the paper: cut and order a layer's nano-operations as if none slowed
-another down, then give each of them a share of the GPU. A pipeline plan cannot express such shares, as
-its streams have SMs and its nano-operations have not; this says what they would be worth. No GPU needed.
+Stages I and II of NanoFlow as in the paper: cut and order a layer's nano-operations as if none
+slowed another down, then give each of them a share of the GPU. A pipeline plan cannot express such
+shares, as its streams have SMs and its nano-operations have not; this says what they would be
+worth. No GPU needed.
 """
 
 EXAMPLES = """\
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from nf.cli.estimate import model_config
+    from nf.cli.options import named_by_flag
     from nf.errors import InputError
     from nf.graphs.plan_store import shape_name
     from nf.models.registry import declare
@@ -54,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--seconds", f"must be above 0, got {args.seconds:g}")
     model = declare(model_config(args.model))
     profile = read_profile(Path(args.profile), shape_name(model.config))
-    (load,) = loads(args.dense_batch_size, args.input_len, args.output_len)
+    with named_by_flag():
+        (load,) = loads(args.dense_batch_size, args.input_len, args.output_len)
     batch = batch_shape(load)
     curves = curves_of_lanes(profile, model.operations)
     if not curves:

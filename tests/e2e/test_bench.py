@@ -114,6 +114,10 @@ def test_lengths_from_a_trace(tmp_path: Path) -> None:
         (["throughput", "--max-total-len", "4"], "--max-total-len: is for lengths from --trace FILE"),
         (["throughput", "--json", "/no/such/folder/x"], "--json: /no/such/folder/x cannot be written"),
         (["throughput", "--shape", "llama-3-8b"], "--shape: names a model without weights; add --random-weights"),
+        (
+            ["throughput", "x", "--shape", "llama-3-8b", "--random-weights"],
+            "--shape: is the model to measure, and so is x",
+        ),
         (["throughput", "--input-len", "1020", "--output-len", "5"], "--max-model-len: 1024 tokens, and the longest"),
         (["throughput", "--num-pages", "0"], "--num-pages: must be an integer of at least 1, not 0"),
         (["throughput", "--random-weights", "--shape", "llama-3"], "llama-3: with random weights a model is"),

@@ -33,8 +33,15 @@ def exits(argv: list[str]) -> int:
             ["generate"],
             ["plan"],
             ["plan", "show"],
+            ["plan", "profile"],
+            ["plan", "search"],
+            ["plan", "shares"],
+            ["plan", "validate"],
+            ["plan", "estimate"],
             ["compile"],
             ["bench"],
+            ["bench", "throughput"],
+            ["bench", "latency"],
             ["bench", "kernels"],
             ["info"],
         )
@@ -228,8 +235,11 @@ def test_info_as_text_and_as_json(capsys: pytest.CaptureFixture[str], monkeypatc
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["compile", "--arch", "sm_80"], "nf compile: arch: must be one of sm_90a, not 'sm_80'\n"),
-        (["bench", "kernels", "--only", "gem"], "nf bench kernels: --only: must be one of gemm, moe, decode_attention, "),
+        (["compile", "--arch", "sm_80"], "nf compile: --arch: must be one of sm_90a, not 'sm_80'\n"),
+        (
+            ["bench", "kernels", "--only", "gem"],
+            "nf bench kernels: --only: must be one of gemm, moe, decode_attention, ",
+        ),
     ],
 )
 def test_kernel_commands_name_what_they_do_not_know(

@@ -135,7 +135,7 @@ def test_faults_are_input_errors(model: str, tmp_path: Path) -> None:
         nf("show", "sequential", "--model", model, "--layers", "0")
     with pytest.raises(InputError, match=r"^--gpu-sms: must be at least 1, got 0"):
         nf("validate", str(path), "--model", model, "--gpu-sms", "0")
-    with pytest.raises(InputError, match=r"^dense_batch_size: must be 1 to"):
+    with pytest.raises(InputError, match=r"^--dense-batch-size: must be 1 to"):
         nf("show", "sequential", "--model", model, "--dense-batch-size", "0")
     with pytest.raises(ModelError):
         nf("show", "sequential", "--model", str(tmp_path / "gone"))
