@@ -82,16 +82,6 @@ _FLAGS = frozenset((
     *ENGINE_OPTIONS, *SamplingParams.__dataclass_fields__, "chat_template", "arch", "dense_batch_size", "input_len",
     "output_len",
 ))  # fmt: skip
-    {
-        *ENGINE_OPTIONS,
-        *SamplingParams.__dataclass_fields__,
-        "chat_template",
-        "arch",
-        "dense_batch_size",
-        "input_len",
-        "output_len",
-    }
-)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
