@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def _kernels(args: argparse.Namespace) -> int:
     check_writable("--json", args.json)
     need_gpu()
     rows: list[Row] = []
+    start = time.perf_counter()
     try:
         for row in run(args.only):
             print(line(row), flush=True)
@@ -79,5 +81,6 @@ def _kernels(args: argparse.Namespace) -> int:
     finally:  # what was measured is kept, whatever comes
         if args.json is not None and rows:
             write_record(args.json, record(rows))
-    print(f"{len(rows)} cases, {sum(not row.holds for row in rows)} below their floor", file=sys.stderr)
+    missed, seconds = sum(not row.holds for row in rows), time.perf_counter() - start
+    print(f"{len(rows)} cases in {seconds:.0f} s, {missed} below their floor", file=sys.stderr)
     return 0

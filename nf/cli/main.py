@@ -39,7 +39,7 @@ examples:
   nf bench throughput                           tokens per second of the bundled model
   nf plan show nano-batch                       what runs when, and on which stream
   nf plan estimate llama-3-8b --gpu h200        what bounds a model on a machine
-  nf compile --arch sm_90a --out kernels        the GPU kernels as a bundle, made on any machine
+  nf compile --arch sm_90a --out kernels-h200   the GPU kernels as a bundle, made on any machine
   nf info                                       versions, devices, what would be used and why
 
 `nf COMMAND --help` tells all about one command.
