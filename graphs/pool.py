@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from nf.graphs.capture import Graph
+from nf.graphs.plan import PipelinePlan, sequential_plan
+from nf.models.operations import Operation
 
 SMALLEST = 16  # tokens
 
@@ -24,6 +26,17 @@ def capacities(dense_batch_size: int) -> tuple[int, ...]:
             sizes.add(size * 3 // 2)
         size *= 2
     return (*sorted(size for size in sizes if size < dense_batch_size), dense_batch_size)
+
+
+def step_plans(plan: PipelinePlan, operations: Sequence[Operation]) -> tuple[PipelinePlan, ...]:
+    """The plans to capture graphs of, smallest first: ``plan`` itself for the largest batches, the sequential one for
+    smaller ones, whose nano-batches would be too small to be worth it.
+
+    Args:
+        operations: of one layer of the model.
+    """
+    *smaller, _ = capacities(plan.dense_batch_size)
+    return (*(sequential_plan(operations, size) for size in smaller), plan)
 
 
 class GraphPool:

@@ -121,7 +121,7 @@ class GpuBackend:
         self._device = Device()
 
     def resolve(self, config: EngineConfig, model: Model, plan: PipelinePlan, _name: str) -> EngineConfig:
-        from nf.executors.gpu import workspace_bytes
+        from nf.executors.gpu_memory import workspace_bytes
         from nf.executors.gpu_weights import layout
         from nf.gpu_memory_budget import GpuMemory, gpu_pool_sizes
         from nf.graphs.partition import available_partitions

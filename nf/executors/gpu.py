@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nf.errors import EngineError, ModelError
 from nf.executors.base import StepHandle
-from nf.executors.gpu_buffers import Sizes, buffer_layout
+from nf.executors.gpu_buffers import Sizes
 from nf.executors.gpu_kernels import LayerKernels
 from nf.executors.gpu_layers import OPERATIONS, Layers
 from nf.executors.gpu_memory import step_memory
@@ -31,8 +31,8 @@ from nf.executors.gpu_weights import DeviceWeights
 from nf.executors.trace import Span
 from nf.graphs.capture import capture
 from nf.graphs.partition import Lane, lanes
-from nf.graphs.plan import PipelinePlan, sequential_plan, unroll, validate
-from nf.graphs.pool import GraphPool, capacities
+from nf.graphs.plan import PipelinePlan, unroll, validate
+from nf.graphs.pool import GraphPool, step_plans
 from nf.kernels.compile import Artifact
 from nf.kernels.device import CudaError, Device, Event, Stream
 from nf.kernels.random_fill import RandomFill
@@ -43,7 +43,6 @@ Float32 = NDArray[np.float32]
 
 MAX_IN_FLIGHT = 7  # steps; the engine never has more than two
 TRACE_WARM_SECONDS = 1.0  # before a step is traced: clocks follow power within a few hundred milliseconds
-RESERVED_BYTES = 1 << 30  # of device memory: loaded kernels, graphs, the context, what allocations are rounded up to
 
 
 @dataclass(slots=True)
@@ -121,7 +120,7 @@ class GpuExecutor:
             undo.callback(weights.free)
             _check_model(model)
             validate(plan, model.operations, gpu_sms=device.sms)
-            self._plans = step_plans(model, plan)
+            self._plans = step_plans(plan, model.operations)
             self._allocate(weights, undo)
             self._capture(undo)
             self._undo = undo.pop_all()
@@ -356,21 +355,3 @@ def _check_model(model: Model) -> None:
             raise ModelError("operations", f"{operation.name!r} is not one of {', '.join(OPERATIONS)}")
     if model.config.o_bias:
         raise ModelError("o_bias", "must be false on a GPU: its output projection adds no bias; the CPU's does")
-
-
-def step_plans(model: Model, plan: PipelinePlan) -> tuple[PipelinePlan, ...]:
-    """The plans that graphs are captured of, smallest first: ``plan`` itself is for the largest batches."""
-    *smaller, _ = capacities(plan.dense_batch_size)
-    return (*(sequential_plan(model.operations, size) for size in smaller), plan)
-
-
-def workspace_bytes(
-    model: Model, plan: PipelinePlan, *, max_num_seqs: int, max_model_len: int, page_size: int, sms: int
-) -> int:
-    """Device memory that an executor takes beside weights and KV pages, a little more rather than less."""
-    sizes = Sizes(plan.dense_batch_size, max_num_seqs, max_model_len, page_size)
-    buffers = buffer_layout(model.config, sizes, step_plans(model, plan), sms).num_bytes
-    edited_rows = 2 * sms * model.config.vocab_size * 4  # of sampling
-    pages = max_num_seqs * -(-max_model_len // page_size)
-    inputs = 4 * pages + max_num_seqs * (64 << 10)
-    return buffers + edited_rows + inputs + RESERVED_BYTES

@@ -1,4 +1,4 @@
-"""What a GPU executor keeps in device memory for its steps, allocated once."""
+"""What a GPU executor keeps in device memory for its steps: how much that is, and all of it allocated once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from nf.executors.gpu_pages import KvPages
 from nf.executors.gpu_weights import DeviceWeights
 from nf.executors.rope import rotary_table
 from nf.graphs.plan import PipelinePlan
+from nf.graphs.pool import step_plans
 from nf.kernels.device import DeviceMemory
 from nf.kernels.rope_append import rotary_pairs
+from nf.models.declaration import Model
+
+RESERVED_BYTES = 1 << 30  # of device memory: loaded kernels, graphs, the context, what allocations are rounded up to
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +80,15 @@ def step_memory(
     buffers.memory.upload(rotary, buffers.offsets["rotary"])
     buffers.memory.upload(np.array([sizes.max_num_seqs], np.int32), buffers.offsets["row_capacity"])
     return Memory(weights, buffers, inputs, outputs, pages.pointer, pages.layer_bytes, sampler.pointer)
+
+
+def workspace_bytes(
+    model: Model, plan: PipelinePlan, *, max_num_seqs: int, max_model_len: int, page_size: int, sms: int
+) -> int:
+    """Device memory that an executor takes beside weights and KV pages, a little more rather than less."""
+    sizes = Sizes(plan.dense_batch_size, max_num_seqs, max_model_len, page_size)
+    buffers = buffer_layout(model.config, sizes, step_plans(plan, model.operations), sms).num_bytes
+    edited_rows = 2 * sms * model.config.vocab_size * 4  # of sampling
+    pages = max_num_seqs * -(-max_model_len // page_size)
+    inputs = 4 * pages + max_num_seqs * (64 << 10)
+    return buffers + edited_rows + inputs + RESERVED_BYTES

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load, measure_step
 from nf.errors import InputError
-from nf.executors.gpu import GpuExecutor, workspace_bytes
+from nf.executors.gpu import GpuExecutor
+from nf.executors.gpu_memory import workspace_bytes
 from nf.executors.gpu_pages import page_bytes
 from nf.executors.gpu_weights import random_device_weights
 from nf.executors.trace import Span

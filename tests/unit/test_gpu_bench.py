@@ -277,6 +277,7 @@ def test_steps_are_measured_on_as_many_pages_as_fit(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(gpu_step_bench, "random_device_weights", drawn)
     monkeypatch.setattr(gpu_step_bench, "GpuExecutor", Executor)
+    monkeypatch.setattr(gpu_step_bench, "artifacts", lambda *_: [])
     monkeypatch.setattr(gpu_step_bench, "measure_step", measure)
     monkeypatch.setattr(gpu_step_bench, "workspace_bytes", lambda *_, **__: 1 << 20)
     model = declare(LLAMA)

@@ -12,11 +12,12 @@ import pytest
 
 from nf.config import ModelConfig
 from nf.executors import gpu_buffers, gpu_inputs, gpu_memory, gpu_outputs
-from nf.executors.gpu import RESERVED_BYTES, step_plans, workspace_bytes
 from nf.executors.gpu_buffers import Sizes
-from nf.executors.gpu_memory import Memory, step_memory
+from nf.executors.gpu_memory import RESERVED_BYTES, Memory, step_memory, workspace_bytes
 from nf.executors.rope import rotary_table
 from nf.graphs.plan import BUILT_IN
+from nf.graphs.pool import step_plans
+from nf.kernels import sampling
 from nf.models.declaration import Model
 from nf.models.registry import declare
 from nf.models.shapes import SHAPES
@@ -54,15 +55,26 @@ class Counted:
 
 def make(model: Model, plan: Any, sizes: Sizes, undo: ExitStack, num_host_pages: int = 3) -> Memory:
     config = model.config
-    kernels: Any = SimpleNamespace(sampler=SimpleNamespace(workspace_bytes=256 + 8 * SMS * config.vocab_size))
+    artifact: Any = SimpleNamespace(source=sampling.sample_source("fp32"))
+    sampler = sampling.Sampler([artifact], "fp32", vocab_size=config.vocab_size, tokens_stride=8, sms=SMS)
+    kernels: Any = SimpleNamespace(sampler=sampler)
     pages: Any = SimpleNamespace(pointer=1 << 30, layer_bytes=1 << 20)
     weights: Any = None
     return step_memory(
-        config, step_plans(model, plan), sizes, kernels, weights, pages, undo, num_host_pages=num_host_pages, sms=SMS
+        config,
+        step_plans(plan, model.operations),
+        sizes,
+        kernels,
+        weights,
+        pages,
+        undo,
+        num_host_pages=num_host_pages,
+        sms=SMS,
     )
 
 
 def install(monkeypatch: pytest.MonkeyPatch, memory: type) -> None:
+    monkeypatch.setattr(sampling, "CudaKernel", lambda *_, **__: None)
     for module in MODULES:
         device_double.install(monkeypatch, module)
         if hasattr(module, "DeviceMemory"):
