@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from nf.config import EngineConfig, ModelConfig
 from nf.errors import InputError
+from nf.executors import gpu_pages
 from nf.memory_budget import free_ram, mebibytes
 from nf.models.declaration import Model
 from nf.weights import is_stacked
 
 logger = logging.getLogger(__name__)
 
-VALUE_BYTES = 2  # keys and values are bfloat16
 MAX_HOST_BYTES = 4 << 30
 HOST_RAM_SHARE = 0.25
 """Host pages take at most so much of the free RAM by default; they are page-locked, so the system cannot swap them."""
@@ -47,7 +47,7 @@ class GpuMemory:
 
 def kv_bytes_per_token(model: ModelConfig) -> int:
     """Keys and values of one token in all layers, bytes."""
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * VALUE_BYTES
+    return model.num_layers * gpu_pages.page_bytes(model, 1)
 
 
 def gpu_pool_sizes(config: EngineConfig, model: ModelConfig, memory: GpuMemory) -> tuple[int, int]:
