@@ -42,6 +42,7 @@ Point = tuple[int, int, int, int]  # n, k, SMs, rows
 
 ROWS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 8192)
 HEAD = "lm_head"  # the last product, fp32 out
+NAMES = (*MODELS["llama-3-8b"], HEAD)
 COPIES_BYTES = 160 << 20  # of W in rotation: more than L2 keeps
 GRAPH_SECONDS = 2e-3
 WARM_SECONDS, SETTLE_SECONDS, SLICE_SECONDS = 0.3, 0.1, 0.12  # before a point; before each timing; each timing
@@ -124,8 +125,15 @@ def new_record(**more: Any) -> dict[str, Any]:
 
 def _configs(args: argparse.Namespace) -> list[GemmConfig]:
     if args.configs:
-        return [GemmConfig.from_label(label) for label in args.configs]
+        return list(args.configs)
     return candidates() if args.all else list(configurations())
+
+
+def _config(label: str) -> GemmConfig:
+    try:
+        return GemmConfig.from_label(label)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes labels such as {configurations()[0].label}, not {label!r}") from None
 
 
 def _sources(configs: list[GemmConfig], names: list[str]) -> list[KernelSource]:
@@ -164,8 +172,7 @@ def _measure_shape(
             known = [c for c in earlier.get((n, k, sms, rows), []) if c.config in configs][: args.count]
             rule = shortlist(n, k, rows, sms, configs, args.count, epilogue, output)
             choices = [*known, *(c for c in rule if c not in known)][: args.count]
-            also = [GemmConfig.from_label(label) for label in args.also]
-            choices += [GemmChoice(c) for c in also if c.serves(epilogue, output) and GemmChoice(c) not in choices]
+            choices += [GemmChoice(c) for c in args.also if c.serves(epilogue, output) and GemmChoice(c) not in choices]
             gemms = [kernels.product(n, k, rows, sms=sms, choice=choice, output=output) for choice in choices]
 
             pointers = {"x": x.data.ptr, "y": y.data.ptr, "rows": count.data.ptr}
@@ -276,8 +283,8 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--bundle", type=Path, required=True)
         command.add_argument("--all", action="store_true", help="all candidates, not only those the table names")
-        command.add_argument("--configs", nargs="+", metavar="LABEL", help="these candidates")
-        command.add_argument("--names", nargs="+", default=[*MODELS["llama-3-8b"], HEAD], help="of products")
+        command.add_argument("--configs", nargs="+", type=_config, metavar="LABEL", help="these candidates")
+        command.add_argument("--names", nargs="+", choices=NAMES, default=NAMES, help="of products")
         if name == "measure":
             command.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
             command.add_argument("--previous", nargs="*", type=Path, default=[], help="records that name candidates")
@@ -285,7 +292,14 @@ def main() -> None:
             command.add_argument("--rows", nargs="+", type=int, default=ROWS)
             command.add_argument("--count", type=int, default=7, help="candidates per point")
             command.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
-            command.add_argument("--also", nargs="*", default=[], help="configurations to try at every point")
+            command.add_argument(
+                "--also",
+                nargs="*",
+                type=_config,
+                default=[],
+                metavar="LABEL",
+                help="configurations to try at every point",
+            )
             command.add_argument("--out", type=Path, required=True)
     reducing = commands.add_parser("reduce")
     reducing.add_argument("files", nargs="+", type=Path)
@@ -293,14 +307,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "compile":
         for artifact in compile_kernels(_sources(_configs(args), args.names), "sm_90a", folder=args.bundle):
-            print(artifact.source.name, *artifact.resources)
+            for used in artifact.resources:
+                print(f"{artifact.source.name}: {used.registers} registers, {used.stack_bytes} B of stack")
     elif args.command == "measure":
         try:
             measure(args)
         except NfError as error:
             parser.exit(1, f"tune_gemm: {error}\n")
     else:
-        table = reduce(args.files, set(args.only) if args.only else None)
+        try:
+            table = reduce(args.files, set(args.only) if args.only else None)
+        except OSError as error:
+            parser.error(f"{error.filename}: {error.strerror}")
         lines = ",\n".join(f"  {json.dumps(entry)}" for entry in table["entries"])
         TABLE.write_text(f'{{"measured": {json.dumps(table["measured"])},\n "entries": [\n{lines}\n ]}}\n')
         print(f"{len(table['entries'])} points, {len({e['config'] for e in table['entries']})} configurations")

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from nf.config import ModelConfig
+from typing import Any
 
 _EPILOG = """\
 examples:
@@ -64,21 +60,12 @@ def collect(model: str | None = None) -> dict[str, Any]:
 
 def _executor(model: str | None) -> dict[str, str]:
     """What `--device auto` comes to here."""
+    from nf.cli.estimate import model_config
     from nf.device_choice import choose_device
     from nf.models.registry import declare
 
-    choice = choose_device("auto", None if model is None else declare(_config(model)))
+    choice = choose_device("auto", None if model is None else declare(model_config(model)))
     return {"name": choice.name, "reason": choice.reason}
-
-
-def _config(model: str) -> ModelConfig:
-    from nf.hub import resolve_model
-    from nf.models.hf_config import read_config
-    from nf.models.shapes import SHAPES
-
-    if model in SHAPES and not os.path.isdir(model):
-        return SHAPES[model]
-    return read_config(resolve_model(model, config_only=True))
 
 
 def _kernels() -> str:
