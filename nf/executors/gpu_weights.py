@@ -21,11 +21,11 @@ import ml_dtypes
 import numpy as np
 
 from nf.errors import ModelError
+from nf.executors.array_layout import aligned
 from nf.kernels.device import Device, DeviceMemory, Event, PinnedMemory, Stream, checked, copy
 from nf.models.declaration import Model, Weight
 from nf.weights import DTYPES, Checkpoint, TensorEntry, check_weights, checkpoint_parts, is_stacked, is_tied
 
-ALIGNMENT = 256  # bytes, of every weight
 VALUE_BYTES = 2  # bfloat16
 CHUNK_BYTES = 4 << 20  # of a file, read at a time
 MAX_THREADS = 12  # half as many already copy from the page cache as fast as the link takes it
@@ -65,13 +65,13 @@ class DeviceWeights:
 
 
 def layout(model: Model) -> WeightLayout:
-    """Places for all weights of a model, one after the other, each from a multiple of ALIGNMENT bytes on."""
+    """Places for all weights of a model, one after the other and aligned."""
     end = 0
 
     def place(weight: Weight) -> int:
         nonlocal end
         start = end
-        end = -(-(start + VALUE_BYTES * math.prod(weight.shape)) // ALIGNMENT) * ALIGNMENT
+        end = aligned(start + VALUE_BYTES * math.prod(weight.shape))
         return start
 
     embed, final_norm = place(model.embed), place(model.final_norm)
@@ -117,9 +117,11 @@ def random_device_weights(model: Model, seed: int, std: float = 0.02) -> DeviceW
     device = Device(int(checked(driver.cuCtxGetDevice())))
     fill = RandomFill(artifacts(sources(), device.arch), sms=device.sms)
     places = layout(model)
-    memory = DeviceMemory(places.num_bytes, "weights")
-    stream = Stream()
-    try:
+    with ExitStack() as undo:
+        memory = DeviceMemory(places.num_bytes, "weights")
+        undo.callback(memory.free)
+        stream = Stream()
+        undo.callback(stream.free)
         for tensor, (weight, _, place) in enumerate(_placed(model, places)):
             pointer, count = memory.pointer + place, math.prod(weight.shape)
             if len(weight.shape) > 1:
@@ -128,10 +130,7 @@ def random_device_weights(model: Model, seed: int, std: float = 0.02) -> DeviceW
                 constant = _ONE if weight.name.endswith("_norm") else 0
                 checked(driver.cuMemsetD16Async(pointer, constant, count, stream.handle))
         stream.synchronize()
-    except BaseException:
-        memory.free()
-        raise
-    finally:
+        undo.pop_all()
         stream.free()
     return _at(places, memory)
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from nf.executors import gpu_weights
-from nf.executors.gpu_weights import ALIGNMENT, layout
+from nf.executors.array_layout import ALIGNMENT
+from nf.executors.gpu_weights import layout
 from nf.hub import BUNDLED_DIR
 from nf.models.declaration import Model
 from nf.models.hf_config import read_config
