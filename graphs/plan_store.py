@@ -108,7 +108,7 @@ def save_plan(
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 

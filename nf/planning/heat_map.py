@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nf.planning.figures import Figure
-from nf.planning.svg import document, text
+from nf.planning.svg import RESOURCE_COLOURS, document, text
 
 TOLERANCE = 0.05
 """A cell that differs by more from what the paper prints shows the paper's value too."""
 
-COMPUTE_COLOUR, EVEN_COLOUR = (0xF2, 0xC1, 0x4E), (0xF7, 0xF5, 0xEF)
-RESOURCE_COLOURS = {"network": (0x2B, 0x6C, 0xB0), "memory": (0x2F, 0x85, 0x5A)}
+EVEN = "#f7f5ef"
 
 _CELL, _LETTER, _HEAD, _FOOT, _GAP = (66, 34), 7, 84, 34, 20  # pixels
 
@@ -75,6 +74,8 @@ def _cell(x: float, y: float, value: float | None, printed: float | None, resour
 def colour(ratio: float, resource: str) -> str:
     """From compute's colour at 0 over pale at 1 to the resource's, even in ratio / (1 + ratio)."""
     share = ratio / (1 + ratio)
-    low, high = (COMPUTE_COLOUR, EVEN_COLOUR) if share < 0.5 else (EVEN_COLOUR, RESOURCE_COLOURS[resource])
-    along = 2 * share if share < 0.5 else 2 * share - 1
+    first, middle, last = (
+        bytes.fromhex(c[1:]) for c in (RESOURCE_COLOURS["compute"], EVEN, RESOURCE_COLOURS[resource])
+    )
+    low, high, along = (first, middle, 2 * share) if share < 0.5 else (middle, last, 2 * share - 1)
     return "#" + "".join(f"{round(a + (b - a) * along):02x}" for a, b in zip(low, high, strict=True))

@@ -172,7 +172,9 @@ class _Search:
         for first in range(len(self.names)):
             for last in range(first, len(self.names)):
                 window = self.names[first : last + 1]
-                for change in _changes(sorted({cuts[name] for name in window}, key=len), self.batch.tokens):
+                for change in _changes(
+                    sorted({cuts[name] for name in window}, key=lambda cut: (len(cut), cut)), self.batch.tokens
+                ):
                     changed = cuts | {name: change[cuts[name]] for name in window if cuts[name] in change}
                     yield window, changed
 
