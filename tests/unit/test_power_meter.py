@@ -37,13 +37,18 @@ def test_no_steps_no_power(monkeypatch: pytest.MonkeyPatch, joules: float) -> No
 
 
 def test_powers_of_several_gpus_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = time.perf_counter()
-    monkeypatch.setattr(
-        power, "energy", lambda gpu: 100.0 * (gpu + 1) * math.floor((time.perf_counter() - start) / 0.02) * 0.02
-    )
-    with power.PowerMeter(0, 1) as meter:
-        time.sleep(0.5)
-    assert meter.watts == pytest.approx(300.0, rel=0.3)  # the machine may be busy with other things
+    now = [0.0]
+
+    def energy(ordinal: int) -> float:
+        now[0] += 0.002
+        return 100.0 * (ordinal + 1) * 0.05 * math.floor(now[0] / 0.05)
+
+    monkeypatch.setattr(power, "energy", energy)
+    monkeypatch.setattr(power, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with power.PowerMeter(0, 1, poll_seconds=0.001) as meter:
+        while now[0] < 0.6:
+            time.sleep(0.005)
+    assert meter.watts == pytest.approx(300.0, rel=0.05)
 
 
 def test_no_gpu_no_power() -> None:
