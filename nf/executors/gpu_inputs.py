@@ -121,6 +121,7 @@ class StepInputs:
     def free(self) -> None:
         """Give all memory back; idempotent. No copy may be under way."""
         self._undo.close()
+        self._ring.clear()  # its views keep the pages of the host
 
     def _count(self, batch: Batch, counts: NDArray[np.int32]) -> None:
         num_tokens = batch.num_tokens

@@ -81,6 +81,7 @@ class StepOutputs:
     def free(self) -> None:
         """Give all memory back; idempotent. Results not read by now are lost, and no copy may be under way."""
         self._undo.close()
+        self._ring.clear()  # its views keep the pages of the host
 
 
 class PendingResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from operator import attrgetter
 
 import device_double
@@ -193,6 +194,14 @@ def test_without_host_pages_all_else_goes_up(monkeypatch):
 def test_whichever_allocation_fails_none_is_left(monkeypatch):
     device_double.install(monkeypatch, gpu_inputs)
     device_double.check_that_failures_leave_nothing(make)
+
+
+def test_what_is_freed_keeps_no_page_of_the_host(monkeypatch):
+    device_double.install(monkeypatch, gpu_inputs)
+    inputs = make()
+    views = [weakref.ref(view) for staging in inputs._ring for view in (staging.counts, *staging.views)]
+    inputs.free()
+    assert all(view() is None for view in views)
 
 
 def test_staging_that_cannot_grow_leaves_nothing(monkeypatch):

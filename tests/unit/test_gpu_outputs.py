@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import device_double
 import numpy as np
 import pytest
@@ -161,6 +163,15 @@ def test_a_result_outlives_the_memory_it_landed_in(outputs):
 def test_whichever_allocation_fails_none_is_left(monkeypatch):
     device_double.install(monkeypatch, gpu_outputs)
     device_double.check_that_failures_leave_nothing(lambda: make(vocab_size=300))
+
+
+def test_what_is_freed_keeps_no_page_of_the_host(monkeypatch):
+    device_double.install(monkeypatch, gpu_outputs)
+    outputs = make(vocab_size=300)
+    outputs.download(batch_with([1], [2]), 0).result()
+    views = [weakref.ref(view) for landing in outputs._ring for view in landing.sampled.values()]
+    outputs.free()
+    assert all(view() is None for view in views)
 
 
 def test_a_step_that_samples_nothing(outputs):
