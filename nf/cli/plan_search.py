@@ -81,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
     needs_gpu = not args.predict_only or args.profile is None
     device = the_gpu(model) if needs_gpu else None
     loads = _loads(args, model, device)
-    profile = _profile(args, model, device)
-    wanted = _candidates(args, model, profile, loads, device)
+    profile, wanted = _candidates(args, model, loads, device)
     if args.plans_dir is not None:
         _write_plans(Path(args.plans_dir), wanted)
     if args.predict_only:
@@ -108,31 +107,31 @@ def _loads(args: argparse.Namespace, model: Model, device: Device | None) -> lis
         return loads(args.dense_batch_size, args.input_len, args.output_len, args.decode_share, room)
 
 
-def _profile(args: argparse.Namespace, model: Model, device: Device | None) -> Profile | None:
+def _candidates(
+    args: argparse.Namespace, model: Model, loads: list[Load], device: Device | None
+) -> tuple[Profile | None, list[Candidate]]:
+    """What is worth measuring and the profile that says so; the user's files are read before the GPU is used."""
+    from nf.graphs.plan import load_plan
     from nf.graphs.plan_store import shape_name
     from nf.planning.profile_file import read_profile
-
-    if args.profile is not None:
-        return read_profile(Path(args.profile), shape_name(model.config))
-    if args.count == 0:
-        return None
-    assert device is not None
-    _say(args, "profiling nano-operations")
-    return measured_profile(model, device, args.dense_batch_size, quick=args.quick, quiet=args.quiet)[0]
-
-
-def _candidates(
-    args: argparse.Namespace, model: Model, profile: Profile | None, loads: list[Load], device: Device | None
-) -> list[Candidate]:
-    from nf.graphs.plan import load_plan
     from nf.planning.search import candidates
 
+    profile = read_profile(Path(args.profile), shape_name(model.config)) if args.profile is not None else None
     sms = device.sms if device is not None else profile.gpu_sms if profile is not None else 0
     assert sms  # without a GPU there is a profile
     more = [load_plan(file, model.operations, args.dense_batch_size, gpu_sms=sms) for file in args.add]
+    if profile is None and device is not None and args.count:
+        _say(args, "profiling nano-operations")
+        profile = measured_profile(model, device, args.dense_batch_size, quick=args.quick, quiet=args.quiet)[0]
+    if (
+        profile is not None
+        and (largest := max((rows for _, rows, *_ in profile.solos), default=0)) < args.dense_batch_size
+    ):
+        _say(args, f"the profile ends at {largest:,} rows; what is beyond is extrapolated")
     if profile is not None and args.count:
         _say(args, "Stages I and II")
-    return candidates(model, profile, loads, sms, count=args.count, seconds=args.seconds, more=more)
+    wanted = candidates(model, profile, loads, sms, count=args.count, seconds=args.seconds, more=more)
+    return profile, wanted
 
 
 def _write_plans(folder: Path, wanted: list[Candidate]) -> None:
