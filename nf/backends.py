@@ -154,10 +154,16 @@ class GpuBackend:
         return replace(config, num_pages=num_pages, num_host_pages=num_host_pages)
 
     def stored_plan(self, model: Model, dense_batch_size: int) -> PipelinePlan | None:
+        from nf.graphs.partition import available_partitions
         from nf.graphs.plan_store import find_plan
 
         stored = find_plan(model, self._device.name, dense_batch_size, gpu_sms=self._device.sms)
         if stored is None:
+            return None
+        try:
+            available_partitions(stream.sms for stream in stored.plan.streams)
+        except InputError as error:  # it was not the user who chose it
+            logger.warning("%s is passed over: %s", stored.path, error)
             return None
         logger.info("plan: %s, from %s", stored.plan.name, stored.path)
         return stored.plan

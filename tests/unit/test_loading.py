@@ -194,8 +194,8 @@ def test_partitions_that_the_gpu_cannot_give_are_refused_before_weights_are_read
     the_gpu: Gpu, small_shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = nano_batch_plan(declare(SMALL).operations, 2048)
-    streams = tuple(replace(s, sms=sms) for s, sms in zip(plan.streams, (101, 31), strict=True))
-    (tmp_path / "plan.json").write_text(replace(plan, streams=streams).to_json())
+    plan = replace(plan, streams=tuple(replace(s, sms=sms) for s, sms in zip(plan.streams, (101, 31), strict=True)))
+    (tmp_path / "plan.json").write_text(plan.to_json())
 
     def give(counts: tuple[int, ...], _device: int) -> Any:
         assert counts == (101, 31)
@@ -205,6 +205,10 @@ def test_partitions_that_the_gpu_cannot_give_are_refused_before_weights_are_read
     with pytest.raises(InputError, match=r"^sms: .* the nearest it can is 104"):
         load(small_shape, random_weights=True, plan=str(tmp_path / "plan.json"))
     assert the_gpu.calls == []
+    monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
+    save_plan(plan, SMALL, "NVIDIA H200", {})  # one that was found, not chosen, is passed over
+    monkeypatch.setattr(partition, "partitions", lambda counts, device: counts and give(counts, device))
+    assert load(small_shape, random_weights=True).config.plan == "sequential"
 
 
 @pytest.mark.parametrize("part", ["weights", "17 KV pages"])
