@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,11 @@ def as_json(model: str, alone: float, structures: StructureSearch, shares: Share
         "model": model,
         "sequential_s": alone,
         "stage_1": {"period_s": structures.best.period, "bound_s": structures.bound, "tried": structures.tried},
-        "stage_2": {"period_s": shares.period, "bound_s": shares.bound},
+        "stage_2": {
+            "period_s": shares.period,
+            "bound_s": shares.bound,
+            "joules": None if math.isnan(shares.joules) else shares.joules,
+        },
         "nano_operations": sorted(found, key=lambda item: item["start_s"]),
     }
 

@@ -3,8 +3,8 @@
 NanoFlow, arXiv 2408.12757, section 4.2.2: the order is given; every nano-operation gets one of the shares R at which
 it was measured (a one-hot choice) and takes its time alone divided by P(R); at no time do the shares of what runs sum
 up to more than 1. Beyond the paper, the program is about the steady state and not about three layers (order.py says how
-it stays linear), the order may be improved, and the power of the card is a further resource: the energy of a layer must
-not exceed what the power limit allows in a period.
+it stays linear), and the power of the card is a further resource: the energy of a layer must not exceed what the power
+limit allows in a period.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from nf.planning.admission import improve_shares
 from nf.planning.integer_program import IntegerProgram
 from nf.planning.interference import Curve
 from nf.planning.nano_layer import COMPUTE, Task
-from nf.planning.order import order_from_starts
 from nf.planning.profile import PowerLimit
 from nf.planning.rounds import Rounds, critical_circle, least_heights
 from nf.planning.structure import Structure
@@ -40,7 +39,7 @@ class Shares:
         seconds: per task, at its share.
         starts: per task, seconds in a steady round.
         period: seconds per layer at steady state.
-        bound: seconds; no choice of shares has a shorter period, given the order if that is given.
+        bound: seconds; no choice of shares has a shorter period, given the order.
         joules: of a layer; NaN where the energy of an operation is unknown.
     """
 
@@ -63,7 +62,6 @@ def best_shares(
     curves: Mapping[str, Curve],
     *,
     power: PowerLimit | None = None,
-    reorder: bool = False,
     seconds: float = 60.0,
 ) -> Shares:
     """The shares with the shortest period.
@@ -72,8 +70,6 @@ def best_shares(
         rounds: tasks and order, from Stage I.
         curves: lane → R → P beside compute-bound operations, for every lane but "compute".
         power: None leaves energy out.
-        reorder: the order of Stage I is only where the search begins; it is the best one for operations that do not
-            interfere.
         seconds: to search for.
 
     Raises:
@@ -82,12 +78,7 @@ def best_shares(
     for lane in rounds.order:
         if lane != COMPUTE and not curves.get(lane):
             raise InputError("curves", f"the lane {lane} has no R → P curve")
-    fixed = _ShareProgram(rounds, curves, power)
-    if not reorder:
-        return fixed.solve(seconds)
-    shares = fixed.solve(seconds / 2)
-    free = _ShareProgram(rounds, curves, power, reorder=True)
-    return free.solve(seconds / 2, shares)
+    return _ShareProgram(rounds, curves, power).solve(seconds)
 
 
 def share_candidates(
@@ -119,10 +110,8 @@ def _choices(task: Task, curves: Mapping[str, Curve]) -> Choices:
 
 
 class _ShareProgram:
-    def __init__(
-        self, rounds: Rounds, curves: Mapping[str, Curve], power: PowerLimit | None, reorder: bool = False
-    ) -> None:
-        self.rounds, self.power, self.reorder = rounds, power, reorder
+    def __init__(self, rounds: Rounds, curves: Mapping[str, Curve], power: PowerLimit | None) -> None:
+        self.rounds, self.power = rounds, power
         self.tasks = rounds.layer.tasks
         self.choices = [_choices(task, curves) for task in self.tasks]
         self.unit = rounds.period()  # seconds; the pace is 1 if nothing interferes
@@ -136,10 +125,8 @@ class _ShareProgram:
             {self.paced[i][r]: task.cost.seconds / self.unit / p for r, p in self.choices[i].items()}
             for i, task in enumerate(self.tasks)
         ]
-        self.heights: dict[tuple[int, int], int] = {}  # tasks of a lane → K, as in order.py, if the order is free
         self.pairs: dict[tuple[int, int], tuple[int, int]] = {}  # tasks of two lanes → (may overlap, K)
-        known = rounds.waits if reorder else rounds.edges
-        self.least = least_heights(len(self.tasks), known, MAX_START + 1)  # what is known of K beforehand
+        self.least = least_heights(len(self.tasks), rounds.edges, MAX_START + 1)  # what is known of K beforehand
         self._choose_one()
         self._keep_order()
         self._limit_resources()
@@ -153,26 +140,20 @@ class _ShareProgram:
                 self.program.at_least({chosen[r]: 1.0, paced[r]: -1.0}, 0.0)
 
     def _keep_order(self) -> None:
-        for before, after, height in self.rounds.waits if self.reorder else self.rounds.edges:
+        for before, after, height in self.rounds.edges:
             terms = {self.starts[after]: 1.0, self.starts[before]: -1.0} if before != after else {}
             self.program.at_least(terms | _negative(self.lengths[before]), -height)
-        if self.reorder:
-            for tasks in self.rounds.order.values():
-                for i, j in combinations(tasks, 2):
-                    height = self.heights[i, j] = self._height(i, j)
-                    self._clear(i, j, height)
 
     def _height(self, i: int, j: int) -> int:
         """A new variable K, as in order.py."""
         low, high = max(-MAX_START, 1 - self.least[j][i]), min(MAX_START, self.least[i][j])
         return self.program.variable(low, high, integer=True)
 
-    def _clear(self, i: int, j: int, height: int, overlap: int | None = None) -> None:
+    def _clear(self, i: int, j: int, height: int, overlap: int) -> None:
         """Task j runs after i and before the i of the next round, K rounds apart, unless they may overlap."""
-        may = {overlap: 1.0} if overlap is not None else {}
         ij = {self.starts[j]: 1.0, self.starts[i]: -1.0, height: 1.0}
-        self.program.at_least(ij | may | _negative(self.lengths[i]), 0.0)
-        self.program.at_least(_negative(ij) | may | _negative(self.lengths[j]), -1.0)
+        self.program.at_least(ij | {overlap: 1.0} | _negative(self.lengths[i]), 0.0)
+        self.program.at_least(_negative(ij) | {overlap: 1.0} | _negative(self.lengths[j]), -1.0)
 
     def _limit_resources(self) -> None:
         """Within a period, no lane is busy for longer, no more than the whole GPU is used, no more than the power.
@@ -212,9 +193,8 @@ class _ShareProgram:
     def _used(self, *tasks: int) -> dict[int, float]:
         return {variable: -r for i in tasks for r, variable in self.chosen[i].items()}
 
-    def solve(self, seconds: float, known: Shares | None = None) -> Shares:
-        """Search, beginning with ``known`` (of the same rounds) if there is such."""
-        guess = self._values(known.period, known.shares, known.starts) if known else self._guess(max(0.5, seconds / 5))
+    def solve(self, seconds: float) -> Shares:
+        guess = self._guess(max(0.5, seconds / 5))
         solution = self.program.solve(seconds, guess)
         values = guess
         if solution.values is not None and solution.values[self.pace] >= guess[self.pace]:
@@ -230,15 +210,9 @@ class _ShareProgram:
             alone = math.fsum(task.cost.seconds for task in self.tasks)
             joules += self.power.idle_watts * (period - alone)
         bound = self.unit / solution.bound if 0 < solution.bound < math.inf else self.unit
-        rounds, starts = self.rounds, [values[start] for start in self.starts]
-        if self.reorder:
-            lags = rounds.lags
-            placed = [lag + start for lag, start in zip(lags, starts, strict=True)]
-            heights = {(i, j): round(values[x]) + lags[i] - lags[j] for (i, j), x in self.heights.items()}
-            rounds = order_from_starts(rounds.layer, placed, heights)
-            starts = [start - lag for start, lag in zip(placed, rounds.lags, strict=True)]
+        starts = [values[start] for start in self.starts]
         begun = tuple((start - min(starts)) * period for start in starts)
-        return Shares(rounds, shares, lengths, begun, period, min(bound, period), joules)
+        return Shares(self.rounds, shares, lengths, begun, period, min(bound, period), joules)
 
     def _guess(self, seconds: float) -> list[float]:
         """The best solution that gives all tasks of a lane the same share, improved task by task."""
@@ -285,9 +259,6 @@ class _ShareProgram:
             values[self.starts[i]] = times[i]
             values[self.chosen[i][share]] = 1.0
             values[self.paced[i][share]] = pace
-        place = {i: at for order in self.rounds.order.values() for at, i in enumerate(order)}
-        for (i, j), height in self.heights.items():
-            values[height] = float(place[j] < place[i])
         for (i, j), (overlap, height) in self.pairs.items():
             apart = times[j] - times[i]
             clear = math.ceil(lengths[i] - apart - 1e-9)

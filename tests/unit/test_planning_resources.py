@@ -103,16 +103,16 @@ def test_two_independent_operations_share_the_gpu_as_sums_say() -> None:
         best_shares(rounds, {"network": A100_PUBLISHED["network"]})
 
 
-@pytest.mark.parametrize("reorder", [False, True])
-def test_8b_shares_hold_and_are_proved(reorder: bool) -> None:
+def test_8b_shares_hold_and_are_proved() -> None:
     layer = nano_layer(layer_8b(), BATCH_8B, dict.fromkeys((o.name for o in layer_8b()), (384,)), costs_8b(), class_of)
     rounds = best_order(layer, 5.0).rounds
     assert rounds is not None
-    found = best_shares(rounds, A100_PUBLISHED, reorder=reorder, seconds=1.0)
+    found = best_shares(rounds, A100_PUBLISHED, seconds=30.0)
     check_shares(found, layer_8b(), A100_PUBLISHED)
     alone = sum(task.cost.seconds for task in layer.tasks)
     least = sum(t.cost.seconds * (1.0 if t.lane == "compute" else 0.4) for t in layer.tasks)  # min of R / P: 0.1 / 0.25
-    assert least <= found.bound * (1 + 1e-6) <= found.period * (1 + 2e-6) < 0.95 * alone
+    assert least <= found.period < 0.95 * alone
+    assert found.bound == pytest.approx(found.period, rel=1e-3)
 
 
 def test_70b_shares_hold_with_three_resources() -> None:
@@ -139,10 +139,9 @@ def halved(operations: tuple[Operation, ...], batch: BatchShape, cost_of: CostOf
     decode=st.sampled_from([0, 128, 384, 1024]),
     weights=st.lists(st.integers(1, 20), min_size=8, max_size=8),
     power=st.sampled_from([None, PowerLimit(700.0, 126.0), PowerLimit(450.0, 126.0)]),
-    reorder=st.booleans(),
 )
 def test_whatever_shares_are_found_hold(
-    operations: tuple[Operation, ...], decode: int, weights: list[int], power: PowerLimit | None, reorder: bool
+    operations: tuple[Operation, ...], decode: int, weights: list[int], power: PowerLimit | None
 ) -> None:
     per_row = {o.name: weight for o, weight in zip(operations, weights, strict=False)}
 
@@ -151,17 +150,17 @@ def test_whatever_shares_are_found_hold(
         return Cost(seconds, 600 * seconds)
 
     structure = halved(operations, BatchShape(1024, decode), cost_of, 512)
-    assert first_guess_holds(structure.rounds, power, reorder)
-    found = best_shares(structure.rounds, A100_PUBLISHED, power=power, reorder=reorder, seconds=0.2)
+    assert first_guess_holds(structure.rounds, power)
+    found = best_shares(structure.rounds, A100_PUBLISHED, power=power, seconds=0.2)
     check_shares(found, operations, A100_PUBLISHED)
     assert found.bound <= found.period
     if power:
         assert found.joules <= power.cap_watts * found.period * (1 + 1e-6)
 
 
-def first_guess_holds(rounds: Rounds, power: PowerLimit | None, reorder: bool) -> bool:
+def first_guess_holds(rounds: Rounds, power: PowerLimit | None) -> bool:
     """What local search finds is a solution to the solver; it would silently drop what is not."""
-    program = _ShareProgram(rounds, A100_PUBLISHED, power, reorder)
+    program = _ShareProgram(rounds, A100_PUBLISHED, power)
     found: list[tuple[float, list[float], tuple[float, ...]]] = []
 
     def kept(*args: Any, **limits: float) -> tuple[float, list[float], tuple[float, ...]]:
