@@ -104,10 +104,19 @@ def period_bound(
 
 
 def _best(plans: Mapping[PipelinePlan, tuple[str, Steady]], count: int) -> tuple[Proposal, ...]:
-    """The sequential plan, then the shortest periods; of periods that are alike, the fewest nano-operations."""
+    """The sequential plan, then the shortest periods; of periods that are alike, the fewest nano-operations.
+
+    Plans of one arrangement with equally many nano-operations and the same period are one and the same to the
+    prediction: the first of them stands for all, so that what is measured differs.
+    """
     proposals = [Proposal(plan, name, steady.seconds, steady.joules) for plan, (name, steady) in plans.items()]
     best = min(proposal.period for proposal in proposals)
-    ranked = sorted(proposals, key=lambda p: (round(p.period / best, 3), _nano_operations(p.plan), p.period))
+
+    def rank(p: Proposal) -> tuple[float, int, str]:
+        return round(p.period / best, 3), _nano_operations(p.plan), p.arrangement
+
+    firsts = {rank(proposal): proposal for proposal in sorted(proposals, key=lambda p: -p.period)}
+    ranked = [firsts[key] for key in sorted(firsts)]
     alike: Counter[str] = Counter()
     varied: list[Proposal] = []
     others: list[Proposal] = []

@@ -270,6 +270,9 @@ def test_candidates_hold_and_overlap_only_where_it_pays(kept: float, speed: floa
     assert sequential.joules == pytest.approx(CAP * alone)
     assert (found[0].period < 0.995 * alone) == gains
     assert len({c.plan for c in found}) == len(found) <= 6
+    sizes = [sum(len(stream.nano_operations) for stream in c.plan.streams) for c in found]
+    kinds = {(c.arrangement, size, round(c.period / found[0].period, 3)) for c, size in zip(found, sizes, strict=True)}
+    assert len(kinds) == len(found)  # what the prediction cannot tell apart is there once
     assert [c.period for c in found] == sorted(c.period for c in found)
     for candidate in found:
         validate(candidate.plan, LLAMA, gpu_sms=GPU_SMS)
