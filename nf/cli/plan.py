@@ -27,7 +27,7 @@ examples:
   nf plan show nano-batch --json > mine.json    a plan to start from
   nf plan validate mine.json --gpu-sms 132
   nf plan search llama-3-8b --quick             the fastest plan on this GPU, measured and kept
-  nf plan search llama-3-8b --profile h200.json --predict-only        the same without a GPU, not measured
+  nf plan search llama-3-8b --profile h200.json --predict-only      predicted, without a GPU
   nf plan estimate llama-3-8b --gpu h200        what bounds a model on a machine
 """
 
