@@ -25,6 +25,7 @@ class DeviceChoice:
 
     name: Literal["cpu", "cuda"]
     reason: str
+    leaves_gpu: bool = False  # there is a GPU, and nobody said that it should not be used
 
 
 def choose_device(asked: Device, model: Model | None = None) -> DeviceChoice:
@@ -48,7 +49,7 @@ def choose_device(asked: Device, model: Model | None = None) -> DeviceChoice:
         return DeviceChoice("cuda", f"{gpus[0]['name']} is there, and the kernels for it come from {kernels_origin()}")
     if asked == "cuda":
         raise InputError("device", f"'cuda' cannot be had: {problem}; use 'cpu' or 'auto'")
-    return DeviceChoice("cpu", problem)
+    return DeviceChoice("cpu", problem, leaves_gpu=no_gpu is None)
 
 
 def need_gpu(model: Model | None = None) -> None:

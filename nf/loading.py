@@ -77,7 +77,8 @@ def load(model: str | os.PathLike[str], **options: Unpack[Options]) -> Loaded:
     plan = _load_plan(config, declared, "max_num_batched_tokens" in options)
     with timed(startup, "device"):
         choice = choose_device(config.device, declared)
-        logger.info("device: %s: %s", choice.name, choice.reason)
+        level = logging.WARNING if choice.leaves_gpu else logging.INFO
+        logger.log(level, "runs on %s: %s", choice.name, choice.reason)
         backend: Backend = GpuBackend() if choice.name == "cuda" else CpuBackend()
         if config.plan is None:
             plan = backend.stored_plan(declared, plan.dense_batch_size) or plan

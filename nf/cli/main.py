@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import signal
 import sys
@@ -110,6 +111,18 @@ def _prepare_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"nf: warning: {message}\n"
+    logging.getLogger("nf").addHandler(_WARNINGS)  # once, however often main is called
+
+
+class _Warnings(logging.Handler):
+    """Shows what the engine warns of; what is worse ends the command, which tells it itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:
+            print(f"nf: warning: {record.getMessage()}", file=sys.stderr)
+
+
+_WARNINGS = _Warnings()
 
 
 def _discard_stdout() -> None:

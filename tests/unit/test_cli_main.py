@@ -12,8 +12,10 @@ import pytest
 
 import nf
 import nf.cli.info
+import nf.loading
 from nf.cli import main
 from nf.cli.main import build_parser
+from nf.device_choice import DeviceChoice
 from nf.errors import EngineError, InputError
 
 
@@ -247,3 +249,14 @@ def test_kernel_commands_name_what_they_do_not_know(
 ) -> None:
     assert main(argv) == 2
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_gpu_that_is_left_alone_is_told_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = DeviceChoice("cpu", "the kernels are not compiled", leaves_gpu=True)
+    monkeypatch.setattr(nf.loading, "choose_device", lambda *_: choice)
+    for _ in range(2):
+        assert main(["generate", "-p", "import os", "--max-tokens", "1", "--no-stream"]) == 0
+        warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        assert warnings == ["nf: warning: runs on cpu: the kernels are not compiled"]

@@ -65,6 +65,16 @@ def refused(reason: str, config: ModelConfig | None = None) -> None:
     assert str(raised.value) == f"device: 'cuda' cannot be had: {choice.reason}; use 'cpu' or 'auto'"
 
 
+def test_a_gpu_that_is_not_used_is_said_so_unless_the_user_wanted_that(machine: Machine) -> None:
+    assert not choose_device("auto").leaves_gpu
+    assert not choose_device("cpu").leaves_gpu
+    machine.has_runtime = False
+    assert choose_device("auto").leaves_gpu
+    assert not choose_device("cpu").leaves_gpu
+    machine.gpu = None
+    assert not choose_device("auto").leaves_gpu
+
+
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("name", sorted(SHAPES.keys() - {"llama-3.1-405b"}))  # 16 query heads per KV head
 def test_auto_takes_the_gpu_for_every_named_shape(name: str) -> None:
