@@ -312,7 +312,7 @@ class GpuExecutor:
             stop = min(start + block, self._sizes.dense_batch_size)
             self._layers.logits(
                 rows=inputs["prompt_logprobs.rows"] + 4 * start,
-                count=self._memory.buffers["row_capacity"],  # rows without a target cost little and harm none
+                count=inputs["num_prompt_logprobs"],  # of all: a last block's rows without a target harm none
                 capacity=stop - start,
                 stream=stream,
                 pdl=False,

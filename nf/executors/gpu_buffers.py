@@ -88,7 +88,6 @@ def buffer_layout(config: ModelConfig, sizes: Sizes, plans: Sequence[PipelinePla
         ("logits", np.float32, (seqs, config.vocab_size)),
         ("row_list", np.int32, (seqs,)),  # for logits outside a step
         ("row_count", np.int32, (1,)),
-        ("row_capacity", np.int32, (1,)),  # holds max_num_seqs
     ]
     workspace = decode_shape(config, sizes.page_size).workspace_bytes(sms)
     decodes = max(len(ranges_of(plan, "decode_attention")) for plan in plans)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import numpy as np
-
 from nf.config import ModelConfig
 from nf.executors.gpu_buffers import Buffers, Sizes, buffer_layout
 from nf.executors.gpu_inputs import StepInputs
@@ -78,7 +76,6 @@ def step_memory(
     undo.callback(sampler.free)
     rotary = rotary_pairs(*rotary_table(config.rope, config.head_dim, sizes.tokens_stride))
     buffers.memory.upload(rotary, buffers.offsets["rotary"])
-    buffers.memory.upload(np.array([sizes.max_num_seqs], np.int32), buffers.offsets["row_capacity"])
     return Memory(weights, buffers, inputs, outputs, pages.pointer, pages.layer_bytes, sampler.pointer)
 
 
