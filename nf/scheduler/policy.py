@@ -47,12 +47,15 @@ class _Intake:
     admissions: tuple[Admission, ...]
 
 
+NOBODY = _Intake(NO_SLOTS, ())
+
+
 def schedule(state: State) -> Decision:
     """Decide on the next step. Time is linear in the slots, plus a sort of them when somebody may come in."""
     decodes = state.slots(Status.DECODE)
-    prefills = state.slots_by_age(state.status == Status.PREFILL)
+    prefills = state.by_age(state.slots(Status.PREFILL))
     demand = _page_demand(state, decodes, state.pages.refcount)
-    preempted, intake = NO_SLOTS, _Intake(NO_SLOTS, ())
+    preempted, intake = NO_SLOTS, NOBODY
     if demand.num_pages > state.pages.num_free:
         preempted, demand = _choose_preempted(state, decodes)
         decodes = decodes[~np.isin(decodes, preempted)]
@@ -60,15 +63,12 @@ def schedule(state: State) -> Decision:
     else:
         intake = _take_in(state, decodes, prefills, state.pages.num_free - demand.num_pages)
 
-    back = intake.resumed  # they take part in this very step
-    decodes_again = state.decodes_again(back)
-    decodes = np.concatenate([decodes, back[decodes_again]])
-    chunks = _fill(
-        state.config.dense_batch_size - len(decodes),
-        state,
-        np.concatenate([prefills, back[~decodes_again]]),
-        intake.admissions,
-    )
+    back = intake.resumed
+    if len(back):  # they take part in this very step
+        decodes_again = state.decodes_again(back)
+        decodes = np.concatenate([decodes, back[decodes_again]])
+        prefills = np.concatenate([prefills, back[~decodes_again]])
+    chunks = _fill(state.config.dense_batch_size - len(decodes), state, prefills, intake.admissions)
     return Decision(
         version=state.version,
         preempted=preempted,
@@ -108,7 +108,7 @@ def _all_but_last_owner(pages: Int32, refcount: Int32) -> NDArray[np.bool_]:
 def _choose_preempted(state: State, decodes: Slots) -> tuple[Slots, _PageDemand]:
     """The newest running sequences, as few as make room for the decodes that are left, and what those then need."""
     refcount, free = state.pages.refcount.copy(), state.pages.num_free
-    newest_first = state.slots_by_age(state.status >= RUNNING)[::-1]
+    newest_first = state.by_age(np.flatnonzero(state.status >= RUNNING))[::-1]
     for count, slot in enumerate(newest_first[:-1].tolist(), start=1):  # never the oldest
         pages = state.pages_of(slot)
         refcount[pages] -= 1
@@ -140,14 +140,16 @@ def _take_in(state: State, decodes: Slots, prefills: Slots, free_pages: int) -> 
 
     Only requests whose prefill could begin in this step are looked at: pages reserved any sooner would lie idle.
     """
-    backlog = len(decodes) + int((state.length[prefills] - state.computed[prefills]).sum())
-    resumable = state.slots_by_age(state.status == Status.PREEMPTED)
-    backlog += int((state.length[resumable] - state.computed[resumable]).sum())
+    resumable = state.by_age(state.slots(Status.PREEMPTED))
+    if not len(resumable) and not state.waiting:
+        return NOBODY
+    unfinished = np.concatenate([prefills, resumable])
+    backlog = len(decodes) + int((state.length[unfinished] - state.computed[unfinished]).sum())
     free_slots = state.slots(Status.FREE)
     waiting = _within_reach(state, state.config.dense_batch_size - backlog, len(free_slots))
     num_candidates = len(resumable) + len(waiting)
     if not num_candidates:
-        return _Intake(NO_SLOTS, ())
+        return NOBODY
 
     page_size = state.config.page_size
     pages_now = np.concatenate(
@@ -215,6 +217,8 @@ def _future_fits(state: State, resumable: Slots, waiting: list[Waiting], limit: 
 
 def _fill(rows: int, state: State, slots: Slots, admissions: tuple[Admission, ...]) -> tuple[Slots, Int64, Int64]:
     """Fill ``rows`` with chunks, in this order: (slots, starts, counts). Recomputed sequences start at 0 again."""
+    if not len(slots) and not admissions:
+        return NO_SLOTS, NO_SLOTS, NO_SLOTS
     starts = state.computed[slots]
     ends = state.length[slots]
     if admissions:

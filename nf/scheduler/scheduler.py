@@ -92,7 +92,7 @@ class Scheduler:
         batch = build_batch(state, decision, PageMoves(swap_out, swap_in, copies))
         transitions.advance(state, decision, batch.forks)
         state.version += 1
-        self._count(decision)
+        self._count(decision, batch)
         return batch
 
     def finish(self, request_id: str, index: int | None = None) -> None:
@@ -138,7 +138,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether some sequence still needs a step; one whose last token is on its way to the host does not."""
-        return bool(self._state.waiting) or bool((self._state.status > Status.ENDED).any())
+        return bool(self._state.waiting) or bool(np.count_nonzero(self._state.status > int(Status.ENDED)))
 
     @property
     def num_running(self) -> int:
@@ -166,11 +166,11 @@ class Scheduler:
         """Assert the invariants of the whole state; for tests."""
         self._state.check()
 
-    def _count(self, decision: Decision) -> None:
-        counters = self.counters
+    def _count(self, decision: Decision, batch: Batch) -> None:
+        counters, swapped = self.counters, int(np.count_nonzero(decision.swapped))
         counters.steps += 1
-        counters.tokens += decision.num_tokens
+        counters.tokens += batch.num_tokens
         counters.admitted += sum(len(admission.slots) for admission in decision.admissions)
-        counters.swapped += int(decision.swapped.sum())
-        counters.recomputed += int((~decision.swapped).sum())
+        counters.swapped += swapped
+        counters.recomputed += len(decision.preempted) - swapped
         counters.resumed += len(decision.resumed)

@@ -83,12 +83,11 @@ class State:
 
     def slots(self, status: Status) -> Slots:
         """Slots with this status, ascending."""
-        return np.flatnonzero(self.status == status)
+        return np.flatnonzero(self.status == int(status))  # of an enum NumPy would look up what makes an array
 
-    def slots_by_age(self, mask: NDArray[np.bool_]) -> Slots:
-        """Slots in ``mask``, the oldest sequence first."""
-        slots = np.flatnonzero(mask)
-        return slots[np.argsort(self.order[slots])]
+    def by_age(self, slots: Slots) -> Slots:
+        """The same slots, the oldest sequence first."""
+        return slots[np.argsort(self.order[slots])] if len(slots) > 1 else slots
 
     def decodes_again(self, slots: Slots) -> NDArray[np.bool_]:
         """Which of these preempted sequences go on decoding when they come back; the others have to prefill first.

@@ -31,6 +31,8 @@ def preempt(state: State, decision: Decision) -> Int32:
 
 def resume(state: State, slots: Slots) -> Int32:
     """Give preempted sequences device pages for all their tokens: swap_in pairs (host page, device page)."""
+    if not len(slots):
+        return NO_PAIRS
     pairs = []
     state.status[slots] = np.where(state.decodes_again(slots), Status.DECODE, Status.PREFILL)
     for slot in slots.tolist():
@@ -39,7 +41,7 @@ def resume(state: State, slots: Slots) -> Int32:
         state.host_pages.release(host)
         pairs.append(np.stack([host, pages[: len(host)]], axis=1))
         _put_pages(state, slot, pages)
-    return np.concatenate(pairs) if pairs else NO_PAIRS
+    return np.concatenate(pairs)
 
 
 def admit(state: State, admission: Admission) -> None:
@@ -61,8 +63,9 @@ def admit(state: State, admission: Admission) -> None:
 def grow(state: State, decision: Decision) -> Int32:
     """Give decodes the pages their next tokens need: page_copies pairs (shared page, own page)."""
     fresh, copied = decision.fresh_pages, decision.copied_pages
-    state.page_table[fresh, state.num_pages[fresh]] = state.pages.allocate(len(fresh))
-    state.num_pages[fresh] += 1
+    if len(fresh):
+        state.page_table[fresh, state.num_pages[fresh]] = state.pages.allocate(len(fresh))
+        state.num_pages[fresh] += 1
     if not len(copied):
         return NO_PAIRS
     last = state.num_pages[copied] - 1
@@ -75,12 +78,28 @@ def grow(state: State, decision: Decision) -> Int32:
 
 def advance(state: State, decision: Decision, forks: Int32) -> None:
     """Count the step as computed: its tokens are in the cache and one more is on its way to whoever sampled."""
-    decodes, chunks = decision.decodes, decision.chunk_slots
-    state.computed[decodes] += 1
+    sampled = decision.decodes
+    state.computed[sampled] += 1
+    if len(decision.chunk_slots):
+        sampled = np.concatenate([sampled, _advance_chunks(state, decision, forks)])
+    lengths = state.length[sampled] + 1
+    state.length[sampled] = lengths
+
+    # Nothing reads the KV of a sequence again that has sampled its last token.
+    ended = sampled[lengths == state.max_len[sampled]]
+    if len(ended):
+        state.status[ended] = Status.ENDED
+        state.pages.release(state.table_pages(ended, state.num_pages[ended]))
+        state.num_pages[ended] = 0
+    state.step += 1
+
+
+def _advance_chunks(state: State, decision: Decision, forks: Int32) -> Slots:
+    """Count prefill chunks as computed; the sequences that begin to decode, siblings last."""
+    chunks = decision.chunk_slots
     state.computed[chunks] += decision.chunk_counts
     state.sent[chunks] = np.maximum(state.sent[chunks], np.minimum(state.computed[chunks], state.prompt_len[chunks]))
     done = chunks[state.computed[chunks] == state.length[chunks]]
-    siblings = forks[:, 1].astype(np.int64)
     for leader, sibling in forks[:, :2].tolist():
         pages = state.pages_of(leader)
         state.pages.retain(pages)
@@ -88,18 +107,9 @@ def advance(state: State, decision: Decision, forks: Int32) -> None:
         state.computed[sibling] = state.computed[leader]
         state.sent[sibling] = state.sent[leader]
         state.leader[sibling] = -1
-    started = np.concatenate([done, siblings])
+    started = np.concatenate([done, forks[:, 1]])
     state.status[started] = Status.DECODE
-    sampled = np.concatenate([decodes, started])
-    state.length[sampled] += 1
-
-    # Nothing reads the KV of a sequence again that has sampled its last token.
-    ended = sampled[state.length[sampled] == state.max_len[sampled]]
-    if len(ended):
-        state.status[ended] = Status.ENDED
-        state.pages.release(state.table_pages(ended, state.num_pages[ended]))
-        state.num_pages[ended] = 0
-    state.step += 1
+    return started
 
 
 def leave(state: State, slot: int) -> None:
