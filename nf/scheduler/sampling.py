@@ -68,11 +68,24 @@ class TokenLists:
 NO_LISTS = TokenLists(0, _bias({}), _bias({}), np.zeros(0, np.int32), ())
 
 
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """What sampling needs of some slots and does not change from step to step, under the names of a SamplingBatch.
+
+    Most steps decode the sequences of the step before, and so take it as it is.
+    """
+
+    slots: Slots
+    columns: dict[str, NDArray[Any]]
+    no_lists: dict[str, Any] | None  # empty lists; None if some slot has lists, which change with min_tokens
+
+
 class SamplingTable:
     """Sampling parameters of the sequences, arrays over slots."""
 
     def __init__(self, num_slots: int) -> None:
         self.floats: dict[str, NDArray[Any]] = {name: np.zeros(num_slots, np.float32) for name in _FLOATS}
+        self.prompt_lens: Int32 = np.zeros(num_slots, np.int32)
         self.top_k: Int32 = np.zeros(num_slots, np.int32)
         self.seeds: NDArray[np.uint64] = np.zeros(num_slots, np.uint64)
         self.sample_index: Int32 = np.zeros(num_slots, np.int32)
@@ -80,12 +93,14 @@ class SamplingTable:
         self.prompt_logprobs: Int32 = np.zeros(num_slots, np.int32)  # -1: not asked for
         self.has_lists: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self.lists: list[TokenLists] = [NO_LISTS] * num_slots
+        self._last: _Gathered | None = None
 
     def put(self, slot: int, request: Request, index: int, lists: TokenLists) -> None:
         """Give a slot the parameters of a request's continuation ``index``."""
         params = request.params
         for name, column in self.floats.items():
             column[slot] = getattr(params, name)
+        self.prompt_lens[slot] = request.prompt_len
         self.top_k[slot] = params.top_k
         self.seeds[slot] = request.seed
         self.sample_index[slot] = index
@@ -93,24 +108,34 @@ class SamplingTable:
         self.prompt_logprobs[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
         self.has_lists[slot] = lists.any
         self.lists[slot] = lists
+        self._last = None
 
-    def gather(self, rows: Int64, slots: Slots, positions: Int64, prompt_lens: Int64) -> SamplingBatch:
+    def pass_on(self, slot: int, index: int) -> None:
+        """The slot now belongs to continuation ``index`` of the same request."""
+        self.sample_index[slot] = index
+        self._last = None
+
+    def gather(self, rows: Int32, slots: Slots, positions: Int32) -> SamplingBatch:
         """The batch that samples one token from each of ``rows`` into (slot, position)."""
-        ragged = self._ragged(slots, positions - prompt_lens) if self.has_lists[slots].any() else _no_lists(len(slots))
-        return SamplingBatch(
-            rows=rows.astype(np.int32),
-            slots=slots.astype(np.int32),
-            positions=positions.astype(np.int32),
-            prompt_lens=prompt_lens.astype(np.int32),
-            top_k=self.top_k[slots],
-            seeds=self.seeds[slots],
-            sample_index=self.sample_index[slots],
-            logprobs=self.logprobs[slots],
-            **{name: column[slots] for name, column in self.floats.items()},
-            **ragged,
-        )
+        last = self._last
+        if last is None or not np.array_equal(last.slots, slots):
+            last = self._last = self._gather(slots)
+        ragged = last.no_lists or self._ragged(slots, positions - last.columns["prompt_lens"])
+        return SamplingBatch(rows=rows, positions=positions, **last.columns, **ragged)
 
-    def _ragged(self, slots: Slots, num_outputs: Int64) -> dict[str, Any]:
+    def _gather(self, slots: Slots) -> _Gathered:
+        columns: dict[str, NDArray[Any]] = {
+            "slots": slots.astype(np.int32),
+            "prompt_lens": self.prompt_lens[slots],
+            "top_k": self.top_k[slots],
+            "seeds": self.seeds[slots],
+            "sample_index": self.sample_index[slots],
+            "logprobs": self.logprobs[slots],
+        }
+        columns |= {name: column[slots] for name, column in self.floats.items()}
+        return _Gathered(slots, columns, None if self.has_lists[slots].any() else _no_lists(len(slots)))
+
+    def _ragged(self, slots: Slots, num_outputs: Int32) -> dict[str, Any]:
         """The lists of the few rows that have some, in CSR form."""
         rows = np.flatnonzero(self.has_lists[slots])
         lists = [self.lists[slot] for slot in slots[rows].tolist()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +103,7 @@ class State:
         """The pages of one sequence; of a preempted one these are host pages. A view."""
         return self.page_table[slot, : self.num_pages[slot]]
 
-    def table_pages(self, slots: Slots, counts: Int64) -> Int32:
+    def table_pages(self, slots: Slots, counts: NDArray[np.signedinteger[Any]]) -> Int32:
         """The first ``counts`` pages of each of ``slots``, one after the other: int32 [sum of counts].
 
         Work is proportional to the pages, not to the width of the table.

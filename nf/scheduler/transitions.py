@@ -121,7 +121,7 @@ def leave(state: State, slot: int) -> None:
         assert owner is not None
         state.owners[slot] = owner
         state.slots_of[owner[0]][owner[1]] = slot
-        state.sampling.sample_index[slot] = owner[1]
+        state.sampling.pass_on(slot, owner[1])
         slot = heir
     elif state.status[slot] >= RUNNING:
         state.pages.release(state.pages_of(slot))
