@@ -12,10 +12,12 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from nf.errors import EngineError, InputError
-from nf.executors.base import Executor, StepHandle, StepResult
+from nf.executors.base import Executor, StepHandle, StepResult, TopLogprobs
 from nf.outputs import RequestOutput
 from nf.request import Request
 from nf.scheduler.batch import Batch
@@ -186,11 +188,11 @@ class Engine:
         decision = self._scheduler.schedule()
         if decision.empty:  # all that is left waits for what the running step has ended
             return None
-        for slot in decision.preempted.tolist():
-            self._owner(slot)[0].metrics.preemptions += 1
+        for state, _ in self._owners(decision.preempted):
+            state.metrics.preemptions += 1
         batch = self._scheduler.apply(decision)
-        samples = [self._owner(slot) for slot in batch.sampling.slots.tolist()]
-        prompt_logprobs = [self._owner(slot)[0] for slot in batch.prompt_logprobs.slots.tolist()]
+        samples = self._owners(batch.sampling.slots)
+        prompt_logprobs = [state for state, _ in self._owners(batch.prompt_logprobs.slots)]
         self._note_first_scheduled(batch)
         self.stats.steps += 1
         self.stats.step_tokens += batch.num_tokens
@@ -201,19 +203,25 @@ class Engine:
         result = await _result(step.handle)
         now = time.monotonic()
         self._collect_prompt_logprobs(step, result)
-        for row, token_id in enumerate(result.token_ids.tolist()):
-            state, sequence = step.samples[row]
-            if sequence.finished:
+        rows = zip(step.samples, result.token_ids.tolist(), strict=True)
+        for row, ((state, sequence), token_id) in enumerate(rows):
+            if sequence.finish_reason is not None:
                 self._count_late_token(sequence)
                 continue
             try:
-                self._take_token(state, sequence, token_id, result, row, now)
+                self._take_token(state, sequence, token_id, result.logprobs, row, now)
             except Exception as error:  # what one request's text or logprobs can break is that request
                 logger.exception("request %r failed", state.request.request_id)
                 self._fail_request(state, f"output token {len(sequence.token_ids)} could not be handled: {error}")
 
     def _take_token(
-        self, state: RequestState, sequence: Sequence, token_id: int, result: StepResult, row: int, now: float
+        self,
+        state: RequestState,
+        sequence: Sequence,
+        token_id: int,
+        logprobs: TopLogprobs | None,
+        row: int,
+        now: float,
     ) -> None:
         if token_id < 0:
             position = len(sequence.token_ids) + 1
@@ -224,12 +232,13 @@ class Engine:
             sequence.finish("error")
             self._leave(state, sequence)
             return
-        state.metrics.first_token_time = state.metrics.first_token_time or now
+        if not sequence.token_ids:
+            state.metrics.first_token_time = state.metrics.first_token_time or now
         self.stats.output_tokens += 1
-        state.add_token(sequence, token_id, result.logprobs, row)
-        if sequence.finished:
+        sequence.add(token_id, None if logprobs is None else state.logprobs_of(token_id, logprobs, row))
+        if sequence.finish_reason is not None:
             self._leave(state, sequence)
-        else:
+        elif state.stream:
             state.notify()
 
     def _collect_prompt_logprobs(self, step: Step, result: StepResult) -> None:
@@ -269,14 +278,13 @@ class Engine:
             self.stats.surplus_tokens += 1
 
     def _note_first_scheduled(self, batch: Batch) -> None:
-        for slot in batch.slots[batch.num_decode :].tolist():  # decoding sequences have been scheduled before
-            metrics = self._owner(slot)[0].metrics
+        for state, _ in self._owners(batch.slots[batch.num_decode :]):  # those that decode have been scheduled before
+            metrics = state.metrics
             metrics.first_scheduled_time = metrics.first_scheduled_time or time.monotonic()
 
-    def _owner(self, slot: int) -> tuple[RequestState, Sequence]:
-        request_id, index = self._scheduler.owner(slot)
-        state = self._requests[request_id]
-        return state, state.sequences[index]
+    def _owners(self, slots: NDArray[Any]) -> list[tuple[RequestState, Sequence]]:
+        owners = self._scheduler.owners(slots.tolist())
+        return [(state := self._requests[request_id], state.sequences[index]) for request_id, index in owners]
 
     async def _idle(self) -> None:
         """Sleep until a request comes or the engine is closed."""

@@ -65,6 +65,9 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self._request = request
+        self._max_tokens = request.params.max_tokens
+        self._stop_token_ids = request.stop_token_ids
+        self._has_stop_strings = bool(request.params.stop)
         self._logprobs: list[TokenLogprobs] | None = None if request.params.logprobs is None else []
         self._cumulative_logprob = 0.0
         self._tokenizer = tokenizer if request.params.detokenize else None
@@ -78,22 +81,21 @@ class Sequence:
 
     def add(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Take the next token; ``finish_reason`` is set if it is the last."""
-        params = self._request.params
         self.token_ids.append(token_id)
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(logprobs)
             self._cumulative_logprob += logprobs[token_id].logprob
-        if token_id in self._request.stop_token_ids:
-            self.finish("stop", token_id if token_id in (params.stop_token_ids or ()) else None)
-        elif params.stop and (stop_string := self._update_text()) is not None:
+        if token_id in self._stop_token_ids:
+            self.finish("stop", token_id if token_id in (self._request.params.stop_token_ids or ()) else None)
+        elif self._has_stop_strings and (stop_string := self._update_text()) is not None:
             self.finish("stop", stop_string)
-        elif len(self.token_ids) == params.max_tokens:
+        elif len(self.token_ids) == self._max_tokens:
             self.finish("length")
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End the sequence; the rest of its text may still hold a stop string, which then is the reason."""
         self.finish_reason, self.stop_reason = reason, stop_reason
-        if self._request.params.stop and reason in ("stop", "length"):
+        if self._has_stop_strings and reason in ("stop", "length"):
             stop_string = self._update_text()
             if stop_string is not None:
                 self.finish_reason, self.stop_reason = "stop", stop_string
@@ -158,7 +160,7 @@ class RequestState:
             self._prompt_logprobs = [None] * request.prompt_len
         self._prompt_token_ids: list[int] = request.prompt_token_ids.tolist()
         self.delivered = False  # whether the last output has been given out
-        self._stream = stream
+        self.stream = stream
         self._news = asyncio.Event()
         self._engine_failure: BaseException | None = None
 
@@ -166,13 +168,10 @@ class RequestState:
     def finished(self) -> bool:
         return all(sequence.finished for sequence in self.sequences)
 
-    def add_token(self, sequence: Sequence, token_id: int, logprobs: TopLogprobs | None, row: int) -> None:
-        """Take what row ``row`` of a step sampled for one of the sequences."""
+    def logprobs_of(self, token_id: int, logprobs: TopLogprobs, row: int) -> TokenLogprobs | None:
+        """What the request wants to know of the token that row ``row`` of a step sampled."""
         most = self.request.params.logprobs
-        if logprobs is None or most is None:
-            sequence.add(token_id, None)
-        else:
-            sequence.add(token_id, self._logprobs_of(logprobs, row, token_id, most))
+        return None if most is None else self._read_logprobs(logprobs, row, token_id, most)
 
     def add_prompt_logprobs(self, position: int, logprobs: TopLogprobs, row: int) -> None:
         """Take the log-probability of the prompt token at ``position``; recomputing a prompt may report it twice."""
@@ -180,7 +179,7 @@ class RequestState:
         assert self._prompt_logprobs is not None
         assert most is not None
         token_id = int(self.request.prompt_token_ids[position])
-        self._prompt_logprobs[position] = self._logprobs_of(logprobs, row, token_id, most)
+        self._prompt_logprobs[position] = self._read_logprobs(logprobs, row, token_id, most)
 
     def fail(self, error: str) -> None:
         """End every sequence as failed, for the reason that ``error`` says in one sentence."""
@@ -195,7 +194,7 @@ class RequestState:
 
     def notify(self) -> None:
         """Wake whoever waits, if there is something for them to see."""
-        if self._stream or not self.scheduled:
+        if self.stream or not self.scheduled:
             self._news.set()
 
     async def news(self) -> None:
@@ -223,7 +222,7 @@ class RequestState:
             error=self.error,
         )
 
-    def _logprobs_of(self, top: TopLogprobs, row: int, token_id: int, most: int) -> TokenLogprobs:
+    def _read_logprobs(self, top: TopLogprobs, row: int, token_id: int, most: int) -> TokenLogprobs:
         def logprob(token_id: int, value: float, rank: int) -> Logprob:
             return Logprob(value, rank, self._tokenizer.token_text(token_id) if self._tokenizer else None)
 

@@ -7,7 +7,7 @@ The host learns of an end one step late and then calls ``finish()``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,13 +120,14 @@ class Scheduler:
 
     def owner(self, slot: int) -> tuple[str, int]:
         """(request_id, index) of the sequence in a slot. Ask right after ``apply``: a slot changes hands later."""
-        owner = self._state.owners[slot]
-        assert owner is not None, f"slot {slot} is free"
-        return owner
+        return self.owners([slot])[0]
 
-    def owners(self, slots: Iterable[int]) -> list[tuple[str, int]]:
+    def owners(self, slots: Collection[int]) -> list[tuple[str, int]]:
         """``owner`` of many slots, e.g. ``batch.sampling.slots.tolist()``."""
-        return [self.owner(slot) for slot in slots]
+        owners = self._state.owners
+        found = [owner for slot in slots if (owner := owners[slot]) is not None]
+        assert len(found) == len(slots), f"one of the slots {slots} is free"
+        return found
 
     def statuses(self, request_id: str) -> set[Status] | None:
         """What the sequences of a request are doing; empty while it waits for slots, None if it is not here."""
