@@ -35,7 +35,7 @@ class Status(IntEnum):
     DECODE = 5
 
 
-RUNNING = Status.PREFILL
+RUNNING = int(Status.PREFILL)
 
 
 @dataclass(slots=True)

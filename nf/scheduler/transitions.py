@@ -114,7 +114,9 @@ def _advance_chunks(state: State, decision: Decision, forks: Int32) -> Slots:
 
 def leave(state: State, slot: int) -> None:
     """Free a sequence's slot and everything it holds, whatever it is doing."""
-    heirs = np.flatnonzero((state.status == Status.FORKING) & (state.leader == slot))
+    status = int(state.status[slot])
+    heirs = state.slots(Status.FORKING)
+    heirs = heirs[state.leader[heirs] == slot]
     if len(heirs):  # the prompt in this slot is still wanted: the next sibling takes the slot over and gives up its own
         heir = int(heirs[np.argmin(state.order[heirs])])
         owner = state.owners[heir]
@@ -123,9 +125,9 @@ def leave(state: State, slot: int) -> None:
         state.slots_of[owner[0]][owner[1]] = slot
         state.sampling.pass_on(slot, owner[1])
         slot = heir
-    elif state.status[slot] >= RUNNING:
+    elif status >= RUNNING:
         state.pages.release(state.pages_of(slot))
-    elif state.status[slot] == Status.PREEMPTED:
+    elif status == Status.PREEMPTED:
         state.host_pages.release(state.pages_of(slot))
     num_outputs = int(state.length[slot] - state.prompt_len[slot])
     if num_outputs:
