@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from nf.errors import EngineError, InputError
-from nf.executors.base import Executor, StepHandle, StepResult, TopLogprobs
+from nf.executors.base import Executor, StepHandle, StepResult
 from nf.outputs import RequestOutput
 from nf.request import Request
 from nf.scheduler.batch import Batch
@@ -203,43 +203,28 @@ class Engine:
         result = await _result(step.handle)
         now = time.monotonic()
         self._collect_prompt_logprobs(step, result)
+        logprobs = result.logprobs
         rows = zip(step.samples, result.token_ids.tolist(), strict=True)
         for row, ((state, sequence), token_id) in enumerate(rows):
             if sequence.finish_reason is not None:
                 self._count_late_token(sequence)
                 continue
             try:
-                self._take_token(state, sequence, token_id, result.logprobs, row, now)
+                if token_id < 0:
+                    state.error = _no_token(sequence)
+                    sequence.finish("error")
+                else:
+                    if not sequence.token_ids:
+                        state.metrics.first_token_time = state.metrics.first_token_time or now
+                    self.stats.output_tokens += 1
+                    sequence.add(token_id, None if logprobs is None else state.logprobs_of(token_id, logprobs, row))
+                if sequence.finish_reason is not None:
+                    self._leave(state, sequence)
+                elif state.stream:
+                    state.notify()
             except Exception as error:  # what one request's text or logprobs can break is that request
                 logger.exception("request %r failed", state.request.request_id)
                 self._fail_request(state, f"output token {len(sequence.token_ids)} could not be handled: {error}")
-
-    def _take_token(
-        self,
-        state: RequestState,
-        sequence: Sequence,
-        token_id: int,
-        logprobs: TopLogprobs | None,
-        row: int,
-        now: float,
-    ) -> None:
-        if token_id < 0:
-            position = len(sequence.token_ids) + 1
-            state.error = (
-                f"output token {position} of continuation {sequence.index} cannot be sampled: "
-                "the model's logits hold a NaN or an infinity, or the parameters leave no token"
-            )
-            sequence.finish("error")
-            self._leave(state, sequence)
-            return
-        if not sequence.token_ids:
-            state.metrics.first_token_time = state.metrics.first_token_time or now
-        self.stats.output_tokens += 1
-        sequence.add(token_id, None if logprobs is None else state.logprobs_of(token_id, logprobs, row))
-        if sequence.finish_reason is not None:
-            self._leave(state, sequence)
-        elif state.stream:
-            state.notify()
 
     def _collect_prompt_logprobs(self, step: Step, result: StepResult) -> None:
         if result.prompt_logprobs is None:
@@ -299,6 +284,13 @@ class Engine:
         for state in self._requests.values():
             state.fail_with_engine(cause)
         self._requests.clear()
+
+
+def _no_token(sequence: Sequence) -> str:
+    return (
+        f"output token {len(sequence.token_ids) + 1} of continuation {sequence.index} cannot be sampled: "
+        "the model's logits hold a NaN or an infinity, or the parameters leave no token"
+    )
 
 
 async def _result(handle: StepHandle) -> StepResult:
