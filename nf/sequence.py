@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from dataclasses import fields
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from nf.errors import EngineError
@@ -15,6 +16,8 @@ from nf.text.detokenizer import IncrementalDetokenizer, StopStrings
 
 if TYPE_CHECKING:
     from nf.text.tokenizer import Tokenizer
+
+_metrics_values = attrgetter(*(field.name for field in fields(RequestMetrics)))  # a streamed output copies them: be quick
 
 PROMPT_CONTEXT = 8
 """Tokens of the prompt that a decoder is given as context: some characters are made of four."""
@@ -210,14 +213,14 @@ class RequestState:
 
     def output(self) -> RequestOutput:
         """Everything so far."""
-        self.delivered = self.finished
+        finished = self.delivered = self.finished
         return RequestOutput(
             request_id=self.request.request_id,
             prompt=self.request.prompt,
             prompt_token_ids=self._prompt_token_ids,
             outputs=[sequence.output() for sequence in self.sequences],
-            finished=self.finished,
-            metrics=replace(self.metrics),
+            finished=finished,
+            metrics=RequestMetrics(*_metrics_values(self.metrics)),
             prompt_logprobs=self._prompt_logprobs,
             error=self.error,
         )
