@@ -17,7 +17,7 @@ from nf.text.detokenizer import IncrementalDetokenizer, StopStrings
 if TYPE_CHECKING:
     from nf.text.tokenizer import Tokenizer
 
-_metrics_values = attrgetter(*(field.name for field in fields(RequestMetrics)))  # a streamed output copies them: be quick
+_metrics_values = attrgetter(*(field.name for field in fields(RequestMetrics)))  # for copies; replace() is slow
 
 PROMPT_CONTEXT = 8
 """Tokens of the prompt that a decoder is given as context: some characters are made of four."""
