@@ -162,8 +162,9 @@ def _top_logprobs(arrays: dict[str, NDArray[Any]], wanted: Int32, most: int) -> 
         arrays["top_ids"][:rows, :columns].copy(),
         arrays["top_logprobs"][:rows, :columns].copy(),
     )
-    silent = wanted < 0  # the device has left these rows as they were
-    if silent.any():
+    # What was not asked for the device has left as it was: all of a row, or its list of the most likely tokens.
+    silent, unlisted = wanted < 0, wanted <= 0
+    if unlisted.any():
         top.logprobs[silent], top.ranks[silent] = -np.inf, 0
-        top.top_ids[silent], top.top_logprobs[silent] = -1, -np.inf
+        top.top_ids[unlisted], top.top_logprobs[unlisted] = -1, -np.inf
     return top

@@ -43,7 +43,7 @@ def batch_with(logprobs: list[int], prompt_logprobs: list[int]) -> Batch:
 
 
 class Kernel:
-    """Writes what a sampling kernel writes: 20 columns, nothing in rows that did not ask."""
+    """Writes what a sampling kernel writes: 20 columns, nothing in rows that did not ask for them."""
 
     def __init__(self, outputs: StepOutputs, vocab_size: int, seed: int) -> None:
         self.outputs = outputs
@@ -78,6 +78,8 @@ class Kernel:
             for row in np.flatnonzero(wanted >= 0):
                 count = min(wanted[row], self.vocab_size)
                 logprobs[row], ranks[row] = every.logprobs[row], every.ranks[row]
+                if not count:
+                    continue
                 top_ids[row], top_values[row] = -1, -np.inf
                 top_ids[row, :count] = every.top_ids[row, :count]
                 top_values[row, :count] = every.top_logprobs[row, :count]
@@ -106,9 +108,11 @@ def check_top(found: TopLogprobs | None, expected: TopLogprobs | None, wanted: n
             if count >= 0:
                 end = count if name.startswith("top") else 1
                 np.testing.assert_array_equal(np.atleast_1d(ours[row])[:end], np.atleast_1d(theirs[row])[:end])
-    silent = wanted < 0
+    silent, unlisted = wanted < 0, wanted <= 0
     assert (found.logprobs[silent] == -np.inf).all()
-    assert (found.top_ids[silent] == -1).all()
+    assert (found.ranks[silent] == 0).all()
+    assert (found.top_ids[unlisted] == -1).all()
+    assert (found.top_logprobs[unlisted] == -np.inf).all()
 
 
 COUNTS = st.lists(st.integers(-1, MAX_LOGPROBS), max_size=SEQS)
