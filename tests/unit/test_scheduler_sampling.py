@@ -62,6 +62,20 @@ def test_scalars_are_gathered_per_row() -> None:
     assert decode.positions.tolist() == [4, 4, 4]
 
 
+def test_a_slot_that_changes_hands_takes_the_new_parameters() -> None:
+    scheduler = Scheduler(make_config(max_num_seqs=1))
+    scheduler.add(request("a", temperature=0.25, logit_bias={7: 1.0}))
+    scheduler.add(request("b", temperature=0.5))
+    found = []
+    for name in ("a", "b"):
+        found += [scheduler.apply(scheduler.schedule()).sampling for _ in range(3)]
+        scheduler.finish(name)
+    assert [batch.slots.tolist() for batch in found] == [[0]] * 6
+    assert [batch.temperature.tolist() for batch in found] == [[0.25]] * 3 + [[0.5]] * 3
+    assert [batch.positions.tolist() for batch in found] == [[3], [4], [5]] * 2
+    assert [batch.bias_ids.tolist() for batch in found] == [[7]] * 3 + [[]] * 3
+
+
 def test_rows_without_lists_have_empty_ones() -> None:
     (batch,) = steps(request("a"), request("b", stop=(0,)), count=1)
     for indptr in (batch.bias_indptr, batch.allowed_indptr, batch.bad_words_indptr):
