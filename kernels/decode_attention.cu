@@ -93,7 +93,20 @@ __device__ __forceinline__ void read_q(uint32_t (&q)[STEPS][2], const uint32_t* 
 
 // ---- What to copy next ----
 
-// Walks the tiles of this worker's spans. The same in all lanes but for page indices (one per lane).
+// Walks the tiles of this worker's spans: span by span, in a span group by group (what it has of one is a segment), in a
+// segment tile by tile. The same in all lanes but for page indices (one per lane) and a ticket just drawn (lane 0's).
+//
+// copy() starts one tile, a ring of stages ahead of the products. What it needs was asked for earlier still, so that the
+// walk seldom waits for memory:
+// - Most tiles are plain: in the midst of a segment, their pages known. They are counted off in `plain`.
+// - advance() does the rest: at the first and the last tile of a segment, every 32 pages, and near a span's end.
+// - Pages are known 32 at a time: `pages` are those at hand. When they are taken up, the following 32 of the row are read
+//   (`pages_after`), and when a group is entered, the first of the next group (`pages_then`).
+// - When a row is entered, the next row's length and first page are read, if the span goes on there.
+// - When a segment is entered, its queries are read, to be there when its first tile is. There is room for those of one:
+//   where segments are so short that the last one's are still waiting, the consumer reads them itself (no HAS_Q).
+// - The next span is looked up in three steps, begun 12, 8 and 4 tiles before this one's end: a ticket, the span's record,
+//   its first pages.
 struct Source {
     const Arguments& arguments;
     const Plan& plan;

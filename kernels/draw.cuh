@@ -259,6 +259,10 @@ __device__ __forceinline__ int draw_token(
             constexpr uint32_t COMFORTABLE = LIST * 3 / 4;
             const uint32_t lowest = order_key(fmaxf(cut.floor, LOWEST));
             Target target{few ? choice.top_k : 0, choice.top_p, 0};
+            // Every round bounds the value at which what is kept ends (cut.low to cut.high), draws for what is above the
+            // bounds and lists what is within them, in one pass; the sorted list then tells the very end. Bounds are from
+            // the histogram while there is one (`counted`): then the pass may find that they do not hold, or hold more
+            // than the list does. The next round takes those of refine, which are right (`exact`).
             bool two_steps = false;  // a share of a prefix that is too long for the list: first find where that ends
             bool exact = false;      // the bounds are
             Kept kept;

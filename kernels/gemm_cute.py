@@ -9,6 +9,12 @@ Two things are there for few rows. The CTAs of a cluster can split K: each adds 
 sums through distributed shared memory so that every CTA finishes an equal part of the tile. And the operands can be
 swapped (W·xᵀ), so that the 64 rows of a WGMMA are rows of W and its narrow side is the tokens.
 
+The ring carries, for each tile of a CTA and in this order: its share of the K tiles, both operands to a stage; if K is
+split, stages that the peers write their partial sums to; the residual or bias of the units that this CTA finishes. All
+warps walk the same sequence, so the number of tiles done tells in which stage something stands, in a peer's ring too
+(GemmUnits._send). Of a consumer's two places in the ring, ``read`` is the stage it waits for next, and ``release`` the
+oldest that a product may still be reading.
+
 The number of rows is read from device memory, so one captured launch serves every smaller batch. Rows between that
 number and the end of the last tile come out as garbage unless the operands are swapped; rows from ``capacity`` on are
 never touched. The row count and W are read before the kernel before has ended (programmatic dependent launch), all else

@@ -1,5 +1,6 @@
 // Sums, maxima and scans over all threads of a CTA. Every thread calls them, with the same `scratch` in shared memory:
-// 32 values of the type reduced. Results are the same in all threads and in every run.
+// 32 values of the type reduced. Results are the same in every run. They are the same in all threads if combine(a, b) and
+// combine(b, a) agree to the last bit; if they do not, let one thread's result count wherever all must agree.
 #pragma once
 #include "hopper.cuh"
 
