@@ -115,7 +115,7 @@ class PrefillAttention:
         self._scale_log2 = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
 
     def plan_bytes(self, max_tokens: int, max_seqs: int) -> int:
-        """Bytes (16-byte aligned) of a plan for a range of at most ``max_tokens`` rows."""
+        """Bytes (16-byte aligned) of a plan for a range of at most ``max_tokens`` rows of ``max_seqs`` sequences."""
         tiles = max_tokens // self.tile_tokens + min(max_tokens, max_seqs)
         return PLAN_HEADER_BYTES + tiles * TILE_BYTES
 

@@ -6,8 +6,8 @@ Shapes (R rows, V vocab_size; fields of SamplingBatch as there, on the device):
 - token_ids int32 [R]: chosen, −1 where there is nothing to choose from (NaN or +∞ in the row, or all forbidden)
 - tokens int32 [slots, tokens_stride]: the token buffer; its rows up to ``positions`` are the history, and the chosen
   token (0 for −1) is written at (slot, position)
-- logprobs, ranks [R] fp32, int32; top_ids, top_logprobs [R, 20]: of rows whose ``logprobs`` is ≥ 0, from raw logits;
-  what a row did not ask for is −1 and −∞
+- logprobs, ranks [R] fp32, int32, of rows whose ``logprobs`` is ≥ 0; top_ids, top_logprobs [R, 20] of rows whose
+  ``logprobs`` is above 0, −1 and −∞ beyond as many; all from raw logits. Other rows are left as they were
 
 A greedy row is read once: maximum, its id and Σ exp in one pass. With a few hundred most likely tokens to be known
 (top-k, log-probabilities), that pass lists what is above a cut guessed from a sample, and the list, sorted, gives the

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-ParameterKind = Literal["pointer", "int32", "int64", "float32", "tensor_map"]
+ParameterKind = Literal["pointer", "int32", "int64", "float32"]
 
 LAUNCHER = "nf_kernel"  # symbol prefix inside every shared library; each is opened with its symbols to itself
 HERE = Path(__file__).resolve().parent
