@@ -2,6 +2,10 @@
 
 Everything a step varies in is read on the device from its inputs (gpu_inputs.py), so the same launches, captured once,
 serve every step. Queries are rotated in place, in the qkv buffer; residuals are added by the epilogues of GEMMs.
+
+A kernel may be launched before those it depends on have ended (``pdl``): what it reads before it waits for them —
+weights, inputs of the step, the list of what is to be merged — was written before they began. GEMMs are always launched
+so.
 """
 
 from __future__ import annotations
