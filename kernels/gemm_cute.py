@@ -18,7 +18,7 @@ oldest that a product may still be reading.
 The number of rows is read from device memory, so one captured launch serves every smaller batch. Rows between that
 number and the end of the last tile come out as garbage unless the operands are swapped; rows from ``capacity`` on are
 never touched. The row count and W are read before the kernel before has ended (programmatic dependent launch), all else
-after it.
+after it; with experts everything is, since that kernel counts the rows.
 """
 
 from __future__ import annotations

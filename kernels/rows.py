@@ -10,7 +10,7 @@ from nf.kernels.load import device_sms
 MAX_HIDDEN_SIZE = 16384
 _VECTOR = 8  # bf16 values of a 16-byte access
 _VECTORS_PER_THREAD = 4  # VECTORS of norm.cu and gather.cu
-_THREADS_PER_SM = 1536  # as many as registers allow norm.cu and gather.cu
+_THREADS_PER_SM = 1536  # as many as registers allow norm.cu and gather.cu, but for norm.cu with ADD
 
 
 def row_vectors(hidden_size: int) -> int:
