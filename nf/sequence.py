@@ -232,6 +232,6 @@ class RequestState:
         found = {token_id: logprob(token_id, float(top.logprobs[row]), int(top.ranks[row]))}
         top_ids, top_logprobs = top.top_ids[row, :most].tolist(), top.top_logprobs[row, :most].tolist()
         for rank, (top_id, value) in enumerate(zip(top_ids, top_logprobs, strict=True), start=1):
-            if top_id not in found:
+            if top_id >= 0 and top_id not in found:
                 found[top_id] = logprob(top_id, value, rank)
         return found
