@@ -159,7 +159,7 @@ class GpuExecutor:
             EngineError: the executor is closed.
         """
         self.submit(without_sampling(batch)).result()
-        stream, block = self._stream.handle, self._sizes.max_num_seqs
+        stream, block = self._stream.handle, self._sizes.logit_rows
         found = np.empty((len(rows), self._config.vocab_size), np.float32)
         buffers = self._memory.buffers
         for start in range(0, len(rows), block):
@@ -307,7 +307,7 @@ class GpuExecutor:
 
     def _prompt_logprobs(self, rows: int, stream: int) -> None:
         """Log-probabilities of prompt tokens, as many rows at a time as there is room for logits."""
-        inputs, block = self._memory.inputs.pointers, self._sizes.max_num_seqs
+        inputs, block = self._memory.inputs.pointers, self._sizes.logit_rows
         for start in range(0, rows, block):
             stop = min(start + block, self._sizes.dense_batch_size)
             self._layers.logits(

@@ -38,6 +38,12 @@ class Sizes:
         that was launched before the end of a sequence was known."""
         return self.max_model_len + 1
 
+    @property
+    def logit_rows(self) -> int:
+        """Rows of logits there is room for: of every sampled token, and enough at a time for those of prompts, because
+        each time reads the whole lm_head."""
+        return max(self.max_num_seqs, 64)
+
 
 def ranges_of(plan: PipelinePlan, operation: str) -> tuple[Range, ...]:
     """Token ranges that the plan cuts an operation into, in order."""
@@ -84,9 +90,9 @@ def buffer_layout(config: ModelConfig, sizes: Sizes, plans: Sequence[PipelinePla
         ("kv_rows", np.int32, (tokens,)),
         ("rotary", np.float32, (sizes.tokens_stride, config.head_dim // 2, 2)),
         ("tokens", np.int32, (seqs, sizes.tokens_stride)),
-        ("logit_rows", BF16, (seqs, hidden)),  # the normed rows that logits are made of
-        ("logits", np.float32, (seqs, config.vocab_size)),
-        ("row_list", np.int32, (seqs,)),  # for logits outside a step
+        ("logit_rows", BF16, (sizes.logit_rows, hidden)),  # the normed rows that logits are made of
+        ("logits", np.float32, (sizes.logit_rows, config.vocab_size)),
+        ("row_list", np.int32, (sizes.logit_rows,)),  # for logits outside a step
         ("row_count", np.int32, (1,)),
     ]
     workspace = decode_shape(config, sizes.page_size).workspace_bytes(sms)
