@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nf.kernels.compile import Artifact
-from nf.kernels.kv_cache import HEAD_DIMS, PAGE_SIZES, check_shape
+from nf.kernels.kv_cache import HEAD_DIMS, PAGE_SIZES, PagedShape
 from nf.kernels.load import CudaKernel
 from nf.kernels.source import KernelSource, ParameterKind
 
@@ -93,26 +93,10 @@ def warps_on(sms: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeShape:
-    """What decode attention is launched for.
+class DecodeShape(PagedShape):
+    """What decode attention is launched for."""
 
-    Raises:
-        InputError: a size that no kernel was made for.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
     window: int | None = None  # a token sees itself and the window − 1 positions before
-
-    def __post_init__(self) -> None:
-        check_shape(self.num_heads, self.num_kv_heads, self.head_dim, self.page_size)
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head."""
-        return self.num_heads // self.num_kv_heads
 
     def max_spans(self, sms: int) -> int:
         """One per warp of the widest launch on up to ``sms`` multiprocessors; launches on few hand out several."""

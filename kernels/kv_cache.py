@@ -7,6 +7,8 @@ of whole pages land in shared memory as they are read there.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from nf.errors import InputError
 
 HEAD_DIMS = (64, 128)
@@ -22,3 +24,25 @@ def check_shape(num_heads: int, num_kv_heads: int, head_dim: int, page_size: int
         raise InputError("page_size", f"must be one of {PAGE_SIZES}, not {page_size}")
     if num_kv_heads <= 0 or num_heads % num_kv_heads or not 1 <= num_heads // num_kv_heads <= MAX_GROUP:
         raise InputError("num_heads", f"must be 1 to {MAX_GROUP} times num_kv_heads ({num_kv_heads}), not {num_heads}")
+
+
+@dataclass(frozen=True, slots=True)
+class PagedShape:
+    """Heads and pages that a kernel over the cache is launched for.
+
+    Raises:
+        InputError: a size that no kernel was made for.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+
+    def __post_init__(self) -> None:
+        check_shape(self.num_heads, self.num_kv_heads, self.head_dim, self.page_size)
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf.kernels.compile import Artifact
-from nf.kernels.kv_cache import HEAD_DIMS, PAGE_SIZES, check_shape
+from nf.kernels.kv_cache import HEAD_DIMS, PAGE_SIZES, PagedShape
 from nf.kernels.load import CudaKernel
 from nf.kernels.rows import grid_on
 from nf.kernels.source import KernelSource, ParameterKind
@@ -117,22 +117,11 @@ class KvRows:
 
 
 @dataclass(frozen=True, slots=True)
-class RopeShape:
-    """What the pass over qkv is launched for.
+class RopeShape(PagedShape):
+    """What the pass over qkv is launched for."""
 
-    Raises:
-        InputError: a size that no kernel was made for.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
     qk_norm: bool = False
     eps: float = 0.0  # of the norms of q and k
-
-    def __post_init__(self) -> None:
-        check_shape(self.num_heads, self.num_kv_heads, self.head_dim, self.page_size)
 
     @property
     def qkv_size(self) -> int:
@@ -151,7 +140,7 @@ class RopeAppend:
         self.shape = shape
         source = rope_source(shape.head_dim, shape.page_size, shape.qk_norm)
         self._kernel = CudaKernel(_artifact(artifacts, source))
-        self._sizes = (shape.num_heads // shape.num_kv_heads, shape.num_kv_heads)
+        self._sizes = (shape.group, shape.num_kv_heads)
         self._eps = shape.eps
         self._qkv_vectors = shape.qkv_size // 8
         self._threads_per_token = shape.num_kv_heads * shape.head_dim // 16

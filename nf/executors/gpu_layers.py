@@ -37,7 +37,6 @@ class Layers:
         self, model: Model, plan: PipelinePlan, kernels: LayerKernels, memory: Memory, sizes: Sizes, sms: int
     ) -> None:
         self._config = model.config
-        self._plan = plan
         self._kernels = kernels
         self._memory = memory
         self._sizes = sizes
