@@ -39,9 +39,9 @@ $(VENV)/.dev: $(BIN)/nf
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,compile]'
 	@touch $@
 
-# PyTorch is the reference of the GPU tests and of nothing else.
+# PyTorch and transformers are references of the GPU tests and of nothing else.
 $(VENV)/.gpu: $(VENV)/.dev
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cuda]' torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cuda]' torch transformers
 	@touch $@
 
 clean:
