@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 from nf.errors import InputError
 
 WORKER = Path(__file__).with_name("template_worker.py")
-FUEL = 10_000_000  # the engine's instructions per rendering: some 100,000 messages of an ordinary template
+FUEL = 10_000_000  # the engine's instructions, and from its version 3 on text, per rendering: some 100,000 messages
 MAX_BYTES = 1 << 30  # address space of the process
 MAX_CHARS = 1 << 24  # of rendered text
 MAX_SECONDS = 20.0
