@@ -10,21 +10,19 @@ from nf.graphs.plan import PipelinePlan, sequential_plan
 from nf.models.operations import Operation
 
 SMALLEST = 16  # tokens
+BLOCK = 128  # tokens; the GEMMs' tiles have as many rows, or twice as many
+FINE, COARSE_BLOCKS = 2048, 4  # up to FINE tokens a graph for every block, beyond that for every fourth
 
 
 def capacities(dense_batch_size: int) -> tuple[int, ...]:
     """Sizes to capture graphs for, the dense batch size last.
 
     A graph serves any smaller batch with work proportional to its tokens, but its GEMMs' tiles were chosen for the
-    size it was captured for. Powers of two, and from 256 tokens on also the sizes halfway between.
+    size it was captured for: those that just fill the GPU at 768 rows leave a seventh of it idle at 640. The more
+    blocks there are the less one matters, so sizes lie farther apart; below a block they are powers of two.
     """
-    sizes = set()
-    size = SMALLEST
-    while size < dense_batch_size:
-        sizes.add(size)
-        if size >= 256:
-            sizes.add(size * 3 // 2)
-        size *= 2
+    sizes = {SMALLEST, SMALLEST * 2, SMALLEST * 4}
+    sizes |= {*range(BLOCK, FINE, BLOCK), *range(FINE, dense_batch_size, BLOCK * COARSE_BLOCKS)}
     return (*sorted(size for size in sizes if size < dense_batch_size), dense_batch_size)
 
 
