@@ -241,8 +241,8 @@ def _replays(stream: Any, graph: Any, count: int, seconds: float, estimate: floa
 def reduce(files: list[Path], only: set[str] | None = None) -> dict[str, Any]:
     """Cover all points with few configurations: repeatedly the one that serves most of the points left within the
     tolerance, then for every point the fastest of those chosen. ``only`` names those there are to choose from."""
-    records = [json.loads(file.read_text()) for file in files]
-    # Of a point measured twice, the first file named counts.
+    # Of a point measured twice the later record counts; of the same day, the first file named.
+    records = sorted((json.loads(file.read_text()) for file in files), key=lambda record: record["date"], reverse=True)
     unique = {_key(point): point for record in reversed(records) for point in record["points"]}
     for point in unique.values():
         point["times"] = [time for time in point["times"] if only is None or time[0] in only]
