@@ -39,13 +39,13 @@ def sharegpt_like(count: int) -> list[int]:
 
 def _row(bench: Bench, case: str, heads: int, kv_lens: list[int], sms: int, floor: float) -> Row:
     work = sum(kv_lens) * KV_HEADS * HEAD_DIM * 2 * 2  # K and V, bf16
-    measured = measure(bench.rotate(lambda: _call(bench, heads, kv_lens, sms), work))
+    measured = measure(bench.rotate(lambda: call(bench, heads, kv_lens, sms), work))
     reference = f"streaming read on {sms} SMs"
     score = work / measured.seconds / bench.read_rate(sms)
     return Row("decode_attention", case, measured, work, "B", reference, score, floor)
 
 
-def _call(bench: Bench, heads: int, kv_lens: list[int], sms: int) -> Call:
+def call(bench: Bench, heads: int, kv_lens: list[int], sms: int) -> Call:
     """Attention of one layer over pages in random order, planned beforehand as a step plans it for all its layers."""
     import cupy
 
@@ -69,10 +69,10 @@ def _call(bench: Bench, heads: int, kv_lens: list[int], sms: int) -> Call:
     )  # fmt: skip
     stream.synchronize()
 
-    def call(stream: int, _keep: Any = (q, kv, out, workspace, lens, indptr, indices, count)) -> None:
+    def launch(stream: int, _keep: Any = (q, kv, out, workspace, lens, indptr, indices, count)) -> None:
         attention(
             q=q.data.ptr, q_stride=columns, kv=kv.data.ptr, out=out.data.ptr, **table, kv_indices=indices.data.ptr,
             workspace=workspace.data.ptr, sms=sms, stream=stream,
         )  # fmt: skip
 
-    return call
+    return launch

@@ -20,22 +20,23 @@ from nf.kernels.compile import Artifact
 from nf.kernels.registry import all_sources, artifacts
 from nf.kernels.source import KernelSource
 
-CASES = ("gemm", "moe", "decode_attention", "prefill_attention", "memory", "sampling")
+CASES = ("gemm", "moe", "decode_attention", "prefill_attention", "memory", "sampling", "launch")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of the table.
 
-    ``work`` is what one call must do, in bytes or floating-point operations. ``score`` is relative to ``reference``;
-    ``floor`` is None where none is set. ``beside`` are scores against further references that explain the first.
+    ``work`` is what one call must do, in bytes, floating-point operations or launches. ``score`` is relative to
+    ``reference``; ``floor`` is None where none is set. ``beside`` are scores against further references that explain
+    the first.
     """
 
     kernel: str
     case: str
     measured: Measurement
     work: float
-    unit: Literal["B", "FLOP"]
+    unit: Literal["B", "FLOP", "launch"]
     reference: str
     score: float
     floor: float | None
@@ -153,12 +154,12 @@ def run(only: list[str]) -> Iterator[Row]:
 
 def line(row: Row) -> str:
     """A row of the table as text."""
-    rate = f"{row.rate / 1e12:7.2f} TB/s   " if row.unit == "B" else f"{row.rate / 1e12:7.1f} TFLOP/s"
+    rates = {"B": f"{row.rate / 1e12:7.2f} TB/s   ", "FLOP": f"{row.rate / 1e12:7.1f} TFLOP/s", "launch": " " * 15}
     floor = "" if row.floor is None else f" (floor {row.floor:.2f}{'' if row.holds else ', missed'})"
     watts = "" if math.isnan(row.measured.joules) else f"{row.measured.watts:4.0f} W"
     beside = "".join(f", {score:5.3f} × {reference}" for reference, score in row.beside)
     return (
-        f"{row.kernel:18} {row.case:44} {row.measured.seconds * 1e6:9.1f} µs {rate} {watts:6}  "
+        f"{row.kernel:18} {row.case:44} {row.measured.seconds * 1e6:9.1f} µs {rates[row.unit]} {watts:6}  "
         f"{row.score:5.3f} × {row.reference}{floor}{beside}"
     )
 

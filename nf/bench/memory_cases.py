@@ -30,15 +30,15 @@ def rows(bench: Bench) -> Iterator[Row]:
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     for tokens in (1024, 2048, 8192):
         row_bytes = tokens * HIDDEN * 2
-        yield row("norm", f"{tokens} tokens", 2 * row_bytes, partial(_norm, bench, tokens, "plain"))
-        yield row("norm", f"{tokens} tokens, add", 4 * row_bytes, partial(_norm, bench, tokens, "add"))
+        yield row("norm", f"{tokens} tokens", 2 * row_bytes, partial(norm_call, bench, tokens, "plain"))
+        yield row("norm", f"{tokens} tokens, add", 4 * row_bytes, partial(norm_call, bench, tokens, "add"))
         for what in ("decodes", "a prompt"):
-            make = partial(_rope, bench, tokens, what == "decodes")
+            make = partial(rope_call, bench, tokens, what == "decodes")
             yield row("rope_append", f"{tokens} tokens, 32/8 heads, {what}", tokens * width * 4, make)
         for what in ("decodes", "prompts"):
-            make = partial(_embed, bench, table, tokens, what == "decodes")
+            make = partial(embed_call, bench, table, tokens, what == "decodes")
             yield row("gather", f"embed, {tokens} tokens, {what}", 2 * row_bytes, make)
-    gathered = partial(_norm, bench, 1024, "gather", 4096)
+    gathered = partial(norm_call, bench, 1024, "gather", 4096)
     yield row("gather", "1024 of 4096 rows, normed", 1024 * HIDDEN * 4, gathered)
 
 
@@ -48,7 +48,7 @@ def _count(tokens: int) -> Any:
     return cupy.full(1, tokens, cupy.int32)
 
 
-def _norm(bench: Bench, tokens: int, variant: norm.Variant, of: int | None = None) -> Call:
+def norm_call(bench: Bench, tokens: int, variant: norm.Variant, of: int | None = None) -> Call:
     import cupy
 
     kernel = norm.RmsNorm(bench.artifacts(norm.sources()), HIDDEN, 1e-5, variant)
@@ -65,7 +65,7 @@ def _norm(bench: Bench, tokens: int, variant: norm.Variant, of: int | None = Non
     return call
 
 
-def _rope(bench: Bench, tokens: int, decodes: bool) -> Call:
+def rope_call(bench: Bench, tokens: int, decodes: bool) -> Call:
     """Decodes at random positions, each in a page of its own, or tokens that follow one another."""
     import cupy
 
@@ -95,7 +95,7 @@ def _rope(bench: Bench, tokens: int, decodes: bool) -> Call:
     return call
 
 
-def _embed(bench: Bench, table: Any, tokens: int, decodes: bool) -> Call:
+def embed_call(bench: Bench, table: Any, tokens: int, decodes: bool) -> Call:
     """Decodes, whose ids are in the token buffer, or prompts, whose ids are given."""
     import cupy
 

@@ -23,12 +23,12 @@ def rows(bench: Bench) -> Iterator[Row]:
 def _row(bench: Bench, case: str, count: int, new: int, cached: int, target: float) -> Row:
     keys = count * (new * cached + new * (new + 1) // 2)  # (token, key) pairs
     work = 4 * HEADS * HEAD_DIM * keys
-    measured = measure([_call(bench, count, new, cached)])
+    measured = measure([call(bench, count, new, cached)])
     score = work / measured.seconds / target
     return Row("prefill_attention", case, measured, work, "FLOP", f"{target / 1e12:.0f} TFLOP/s", score, 1.0)
 
 
-def _call(bench: Bench, count: int, new: int, cached: int) -> Call:
+def call(bench: Bench, count: int, new: int, cached: int) -> Call:
     """Attention of one layer, planned beforehand as a step plans it for all its layers."""
     import cupy
 
@@ -54,10 +54,10 @@ def _call(bench: Bench, count: int, new: int, cached: int) -> Call:
     )  # fmt: skip
     stream.synchronize()
 
-    def call(stream: int, _keep: Any = (q, kv, out, plan, indices)) -> None:
+    def launch(stream: int, _keep: Any = (q, kv, out, plan, indices)) -> None:
         attention(
             q.data.ptr, kv.data.ptr, out.data.ptr, plan.data.ptr, indices.data.ptr,
             q_stride=columns, sms=bench.sms, stream=stream,
         )  # fmt: skip
 
-    return call
+    return launch

@@ -27,15 +27,15 @@ CASES: tuple[tuple[str, dict[str, float], float | None], ...] = (
 
 def rows(bench: Bench) -> Iterator[Row]:
     for dtype in sampling.LOGITS_TYPES:
-        logits = _logits(bench, dtype, 1.0)
+        logits = random_logits(bench, dtype, 1.0)
         for case, columns, floor in CASES:
             yield _row(bench, dtype, case, columns, floor, logits)
-        peaked = _logits(bench, dtype, 3.0)
+        peaked = random_logits(bench, dtype, 3.0)
         case = "logits of deviation 3, temperature 1, top-p 0.9"
         yield _row(bench, dtype, case, {"temperature": 1.0, "top_p": 0.9}, DRAWN_FLOOR, peaked)
 
 
-def _logits(bench: Bench, dtype: sampling.LogitsType, deviation: float) -> Any:
+def random_logits(bench: Bench, dtype: sampling.LogitsType, deviation: float) -> Any:
     import cupy
 
     if dtype == "bf16":
@@ -46,12 +46,12 @@ def _logits(bench: Bench, dtype: sampling.LogitsType, deviation: float) -> Any:
 def _row(
     bench: Bench, dtype: sampling.LogitsType, case: str, columns: dict[str, float], floor: float | None, logits: Any
 ) -> Row:
-    measured = measure([_call(bench, dtype, columns, logits)])
+    measured = measure([call(bench, dtype, columns, logits)])
     score = logits.nbytes / measured.seconds / bench.read_rate()
     return Row("sampling", f"{dtype}, {case}", measured, logits.nbytes, "B", "streaming read", score, floor)
 
 
-def _call(bench: Bench, dtype: sampling.LogitsType, columns: dict[str, float], logits: Any) -> Call:
+def call(bench: Bench, dtype: sampling.LogitsType, columns: dict[str, float], logits: Any) -> Call:
     import cupy
 
     length = 1024
@@ -79,10 +79,10 @@ def _call(bench: Bench, dtype: sampling.LogitsType, columns: dict[str, float], l
     pointers = sampling.SamplingArrays(**{name: array.data.ptr for name, array in arrays.items()})
     report = sampling.LogprobArrays(*(array.data.ptr for array in out))
 
-    def call(stream: int, _keep: Any = (arrays, out)) -> None:
+    def launch(stream: int, _keep: Any = (arrays, out)) -> None:
         kernel(
             logits=logits.data.ptr, stride=VOCAB, arrays=pointers, tokens=tokens.data.ptr, token_ids=chosen.data.ptr,
             logprobs=report, workspace=workspace.data.ptr, capacity=COUNT, stream=stream, pdl=True,
         )  # fmt: skip
 
-    return call
+    return launch

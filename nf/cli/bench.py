@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     )
     kernels.add_argument(
         "--only", action="append", default=[], metavar="NAME",
-        help="gemm, moe, decode_attention, prefill_attention, memory or sampling; may be repeated",
+        help="gemm, moe, decode_attention, prefill_attention, memory, sampling or launch; may be repeated",
     )  # fmt: skip
     kernels.add_argument("--json", type=Path, metavar="FILE", help="write a record of everything")
     for command in commands.choices.values():

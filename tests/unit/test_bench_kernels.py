@@ -20,12 +20,13 @@ ROWS = [
     Row("gemm", "a layer", Measurement(2e-3, 1.2), 1.4e12, "FLOP", "cuBLAS", 1.01, 1 / 1.03, (("joules", 0.99),)),
     Row("norm", "1024 tokens", Measurement(1e-5, math.nan), 3e7, "B", "streaming copy", 0.8, 0.85),
     Row("moe", "route", Measurement(1e-5, 0.006), 3e7, "B", "copy", 0.9, None),
+    Row("launch", "norm", Measurement(4e-6, math.nan), 1, "launch", "5 µs", 1.25, 1.0),
 ]
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
-    """The rows that the run yields; it is stopped after three."""
+    """The rows that the run yields; it is stopped where some are missing."""
     rows = list(ROWS)
 
     def run(only: list[str]) -> Iterator[Row]:
@@ -45,20 +46,22 @@ def test_table_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     file = tmp_path / "k.json"
     assert main(["bench", "kernels", "--json", str(file)]) == 0
     printed = capsys.readouterr()
-    first, second, third = printed.out.splitlines()
+    first, second, third, fourth = printed.out.splitlines()
     assert "700.0 TFLOP/s" in first
     assert "600 W" in first
     assert "1.010 × cuBLAS (floor 0.97), 0.990 × joules" in first
     assert "0.800 × streaming copy (floor 0.85, missed)" in second
     assert " W " not in second
     assert third.endswith("0.900 × copy")
-    assert printed.err == "3 cases in 0 s, 1 below their floor\n"
+    assert "4.0 µs" in fourth
+    assert not {"B/s", "FLOP/s"} & set(fourth.split())
+    assert printed.err == "4 cases in 0 s, 1 below their floor\n"
     record = json.loads(file.read_text())
     assert record["environment"]["cublas"] == 130200
     assert record["environment"]["versions"]["nf"]
     rows = record["rows"]
-    assert [row["measured"]["joules"] for row in rows] == [1.2, None, 0.006]
-    assert [(row["score"], row["floor"], row["holds"]) for row in rows[1:]] == [(0.8, 0.85, False), (0.9, None, True)]
+    assert [row["measured"]["joules"] for row in rows] == [1.2, None, 0.006, None]
+    assert [(row["score"], row["floor"], row["holds"]) for row in rows[1:3]] == [(0.8, 0.85, False), (0.9, None, True)]
 
 
 def test_what_was_measured_is_kept_when_it_is_stopped(measured: list[Row], tmp_path: Path) -> None:

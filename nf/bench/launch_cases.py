@@ -1,0 +1,56 @@
+"""Host time of one launch of each kernel, from Python to the driver, as a capture pays it once per node of a graph."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+
+from nf.bench import decode_attention_cases, memory_cases, moe_cases, prefill_attention_cases, sampling_cases
+from nf.bench.gemm_cases import MODELS, Products
+from nf.bench.kernels import Bench, Row
+from nf.bench.measure import Call, Measurement
+
+LIMIT = 5e-6  # seconds
+LAUNCHES = 100  # in a row: fewer than the driver queues before it makes the host wait
+ROUNDS = 30
+ROWS = 16  # tokens
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    for name, launches, call in _calls(bench):
+        seconds = host_seconds(call) / launches
+        yield Row("launch", name, Measurement(seconds, math.nan), 1, "launch", "5 µs", LIMIT / seconds, 1.0)
+
+
+def _calls(bench: Bench) -> Iterator[tuple[str, int, Call]]:
+    """(name, kernels that a call launches, call)."""
+    products = Products(bench, [MODELS["llama-3-8b"]["o"]])
+    yield "gemm", 1, products.ours(ROWS, bench.sms)
+    yield "decode_attention", 2, decode_attention_cases.call(bench, 32, [128] * ROWS, bench.sms)
+    yield "prefill_attention", 1, prefill_attention_cases.call(bench, 1, ROWS, 0)
+    yield "norm", 1, memory_cases.norm_call(bench, ROWS, "plain")
+    yield "rope_append", 1, memory_cases.rope_call(bench, ROWS, True)
+    table = bench.normal(memory_cases.VOCAB, memory_cases.HIDDEN)
+    yield "embed", 1, memory_cases.embed_call(bench, table, ROWS, False)
+    routed = moe_cases.Routed(bench, ROWS)
+    yield "moe route", 1, routed.route
+    yield "moe combine", 1, routed.combine
+    yield "sampling", 1, sampling_cases.call(bench, "fp32", {}, sampling_cases.random_logits(bench, "fp32", 1.0))
+
+
+def host_seconds(call: Call) -> float:
+    """Median over rounds of the mean time that a call keeps the host, with an empty queue at the start of each."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()  # the buffers were filled on another stream
+    times = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        for _ in range(LAUNCHES):
+            call(stream.ptr)
+        times.append((time.perf_counter() - started) / LAUNCHES)
+        stream.synchronize()
+    return statistics.median(times)
