@@ -156,6 +156,8 @@ class CpuExecutor:
         sampling = batch.sampling
         rows, row_of = np.unique(sampling.rows, return_inverse=True)  # n > 1 repeats a row
         logits = self._logits(hidden, rows)[row_of]
+        if recorder is not None:
+            recorder.ended(self._streams[0], "logits")
         token_ids = sample(logits, sampling, self._tokens)
         self._tokens[sampling.slots, sampling.positions] = np.maximum(token_ids, 0)  # the next step may embed it
         logprobs = None

@@ -42,7 +42,6 @@ from nf.scheduler.batch import Batch, Int32, without_sampling
 Float32 = NDArray[np.float32]
 
 MAX_IN_FLIGHT = 7  # steps; the engine never has more than two
-TRACE_WARM_SECONDS = 1.0  # before a step is traced: clocks follow power within a few hundred milliseconds
 
 
 @dataclass(slots=True)
@@ -184,10 +183,6 @@ class GpuExecutor:
         self._device.use()
         plan = next(plan for plan in self._plans if plan.dense_batch_size >= batch.num_tokens)
         self._memory.inputs.upload(batch, self._stream.handle)
-        until = time.perf_counter() + TRACE_WARM_SECONDS
-        while time.perf_counter() < until:
-            self._pool.for_tokens(batch.num_tokens).launch(self._stream.handle)
-            self._stream.synchronize()
         return capture_traced(
             Layers(self._model, plan, self._kernels, self._memory, self._sizes, self._device.sms),
             unroll(plan, self._model.operations, self._config.num_layers),

@@ -110,11 +110,17 @@ class Layers:
 
     def finish(self, stream: int) -> None:
         """Logits of the rows that are sampled, and a token for each."""
+        self.sampled_logits(stream)
+        self.sample(stream)
+
+    def sampled_logits(self, stream: int) -> None:
+        """Logits of the rows that are sampled."""
+        inputs, seqs = self._memory.inputs.pointers, self._sizes.max_num_seqs
+        self.logits(rows=inputs["sampling.rows"], count=inputs["num_samples"], capacity=seqs, stream=stream)
+
+    def sample(self, stream: int) -> None:
+        """A token for each row of logits."""
         inputs, outputs = self._memory.inputs, self._memory.outputs
-        seqs = self._sizes.max_num_seqs
-        self.logits(
-            rows=inputs.pointers["sampling.rows"], count=inputs.pointers["num_samples"], capacity=seqs, stream=stream
-        )
         self._kernels.sampler(
             logits=self._memory.buffers["logits"],
             stride=self._config.vocab_size,
@@ -123,7 +129,7 @@ class Layers:
             token_ids=outputs.token_ids,
             logprobs=outputs.logprobs,
             workspace=self._memory.sampler_workspace,
-            capacity=seqs,
+            capacity=self._sizes.max_num_seqs,
             stream=stream,
             pdl=True,
         )

@@ -1,11 +1,13 @@
 """A step on the GPU with every nano-operation timed: a graph of its own, with events between the launches.
 
 The events keep a kernel from starting before the one before it has ended, so a traced step takes a little longer than
-the same step untraced.
+the same step untraced. It is replayed without a pause until the clocks have settled, and the last replay is told: after
+a pause as short as making the graph the clocks are above what the card's power allows for long.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -16,9 +18,11 @@ from nf.graphs.partition import Lane
 from nf.graphs.plan import LayerStep
 from nf.kernels.device import Event, Stream
 
+WARM_SECONDS = 1.0  # clocks follow power within a few hundred milliseconds
+
 
 def capture_traced(layers: Layers, steps: Sequence[LayerStep], lanes: Sequence[Lane], stream: Stream) -> list[Span]:
-    """Replay the step whose inputs are on the device, and say when each nano-operation ran."""
+    """Replay the step whose inputs are on the device for WARM_SECONDS, and say when each nano-operation ran at last."""
     with ExitStack() as undo:
         return _replay_timed(layers, steps, lanes, stream, undo)
 
@@ -51,13 +55,17 @@ def _replay_timed(
         end.record_in_graph(lane.stream)
 
     def finish(on: int) -> None:
-        end = timed("step", "logits and sampling", on)
-        layers.finish(on)
-        end.record_in_graph(on)
+        for name, launch_part in (("logits", layers.sampled_logits), ("sampling", layers.sample)):
+            end = timed("step", name, on)
+            launch_part(on)
+            end.record_in_graph(on)
 
     graph = capture(steps, lanes, stream.handle, begin=begin, launch=launch, finish=finish)
     undo.callback(graph.free)
-    for _ in range(2):  # the first replay moves the graph to the device
+    until = time.perf_counter() + WARM_SECONDS
+    settled = False
+    while not settled:
+        settled = time.perf_counter() >= until
         graph.launch(stream.handle)
         stream.synchronize()
     first = marks[0][2]

@@ -15,6 +15,7 @@ from nf.graphs.plan import nano_batch_plan, unroll
 from nf.kernels.device import CudaError
 
 ORIGIN, LAUNCH_TIME = 1, 2.5e-6
+REPLAY_TIME = 0.3 * gpu_trace.WARM_SECONDS
 LANES = (Lane("compute", 2, 132), Lane("memory", 3, 132))
 
 
@@ -57,6 +58,7 @@ class Card:
 
         def replay(_stream: int) -> None:
             self.replays += 1
+            self.clock += REPLAY_TIME
 
         return SimpleNamespace(launch=replay, free=self.freed)
 
@@ -66,6 +68,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card()
     monkeypatch.setattr(gpu_trace, "Event", card.event)
     monkeypatch.setattr(gpu_trace, "capture", card.capture)
+    monkeypatch.setattr(gpu_trace, "time", SimpleNamespace(perf_counter=lambda: card.clock))
     return card
 
 
@@ -77,7 +80,8 @@ def trace(card: Card) -> Any:
     layers: Any = SimpleNamespace(
         begin=lambda stream: card.launch("begin", stream),
         launch=launch,
-        finish=lambda stream: card.launch("finish", stream),
+        sampled_logits=lambda stream: card.launch("logits", stream),
+        sample=lambda stream: card.launch("sample", stream),
     )
     stream: Any = SimpleNamespace(handle=ORIGIN, synchronize=lambda: None)
     return capture_traced(layers, unroll(nano_batch_plan(LLAMA, 64), LLAMA, 2), LANES, stream)
@@ -87,12 +91,12 @@ def test_every_launch_has_a_span_on_its_stream(card: Card) -> None:
     spans = trace(card)
     steps = unroll(nano_batch_plan(LLAMA, 64), LLAMA, 2)
     names = [f"{s.operation.name} [{s.start}, {s.stop}) layer {s.layer}" for s in steps]
-    assert [span.name for span in spans] == ["embed and plan", *names, "logits and sampling"]
-    assert [span.stream for span in spans] == ["step", *(LANES[s.stream].name for s in steps), "step"]
-    assert [stream for _, stream in card.launched] == [ORIGIN, *(LANES[s.stream].stream for s in steps), ORIGIN]
+    assert [span.name for span in spans] == ["embed and plan", *names, "logits", "sampling"]
+    assert [span.stream for span in spans] == ["step", *(LANES[s.stream].name for s in steps), "step", "step"]
+    assert [stream for _, stream in card.launched] == [ORIGIN, *(LANES[s.stream].stream for s in steps), ORIGIN, ORIGIN]
     assert [span.start_us for span in spans] == pytest.approx([2.5 * index for index in range(len(spans))])
     assert [span.duration_us for span in spans] == pytest.approx([2.5] * len(spans))
-    assert (card.replays, card.live) == (2, 0)
+    assert (card.replays, card.live) == (5, 0)  # without a pause until it has been busy for long enough, and once more
 
 
 def test_a_trace_that_fails_leaves_nothing(card: Card) -> None:
