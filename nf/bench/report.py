@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from nf.bench.step_table import step_lines
+
 WIDTH = 16
 
 
 def throughput_lines(record: dict[str, Any]) -> list[str]:
-    """A table of one run; "-" where this machine does not tell."""
+    """A table of one run, "-" where this machine does not tell, and of one of its steps if that was traced."""
     results, startup = record["results"], dict(record["results"]["startup"])
     rates, memory, middle = results["tokens_per_second"], results["memory"], results["steady"]
     total, first_token = startup.pop("total"), startup.pop("first_token")
@@ -33,7 +35,8 @@ def throughput_lines(record: dict[str, Any]) -> list[str]:
         ("memory", f"host {_size(memory['host'])}, GPU {_size(memory['gpu'])}"),
         ("start-up", f"{total:.2f} s: {parts}; first token after {first_token:.2f} s"),
     ]
-    return [f"{name:<{WIDTH}}{text}" for name, text in rows]
+    step = results["step"]
+    return [*(f"{name:<{WIDTH}}{text}" for name, text in rows), *(["", *step_lines(step)] if step else [])]
 
 
 def latency_title(record: dict[str, Any]) -> list[str]:

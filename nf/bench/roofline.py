@@ -92,10 +92,10 @@ def power_roofline(ceilings: Ceilings, work: Work) -> float:
 
 def _layers(model: Model, weights: Iterable[Weight]) -> int:
     """Active parameters of these weights in all layers."""
-    return model.config.num_layers * sum(map(math.prod, (_active_shape(model, weight) for weight in weights)))
+    return model.config.num_layers * sum(map(math.prod, (active_shape(model, weight) for weight in weights)))
 
 
-def _active_shape(model: Model, weight: Weight) -> tuple[int, ...]:
+def active_shape(model: Model, weight: Weight) -> tuple[int, ...]:
     """An expert weight [num_experts, out, in] counts for the experts a token chooses."""
     if len(weight.shape) == 3:
         return (model.config.experts_per_token, *weight.shape[1:])

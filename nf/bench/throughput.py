@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nf.bench.engine import WARMUP_OUTPUT_LEN, Subject
 from nf.bench.metrics import summaries, times
 from nf.bench.roofline import VALUE_BYTES, Ceilings, active_parameters, eq5, power_roofline, work
+from nf.bench.step_table import step_table
 from nf.bench.steps import StepRecord, steady
 from nf.bench.workload import Workload
+from nf.executors.trace import Span
 from nf.llm import LLM
 from nf.models.registry import declare
 from nf.outputs import RequestOutput
@@ -78,8 +81,14 @@ def run(
     return Run(start, end, meter.watts, outputs, steps, batch, subject.memory(), first_token)
 
 
-def results(run: Run, subject: Subject, workload: Workload, ceilings: Ceilings | None) -> dict[str, Any]:
-    """Everything worth knowing of a run, for the record; rates are tokens per second, times seconds, sizes bytes."""
+def results(
+    run: Run, subject: Subject, workload: Workload, ceilings: Ceilings | None, spans: Sequence[Span] = ()
+) -> dict[str, Any]:
+    """Everything worth knowing of a run, for the record; rates are tokens per second, times seconds, sizes bytes.
+
+    Args:
+        spans: of the run's ``batch``, traced; none if it was not.
+    """
     all_times = [times(output) for output in run.outputs]
     in_, out = workload.input_tokens, sum(one.output_tokens for one in all_times)
     model = declare(subject.model_config)
@@ -98,10 +107,21 @@ def results(run: Run, subject: Subject, workload: Workload, ceilings: Ceilings |
         "ceilings": None if ceilings is None else _against(ceilings, subject, workload, total),
         **summaries(all_times),
         "steps": {"count": len(run.steps), "mean_tokens": sum(s.rows for s in run.steps) / max(1, len(run.steps))},
+        "step": _step(spans, run.batch, subject, ceilings),
         "preemptions": sum(output.metrics.preemptions for output in run.outputs),
         "memory": run.memory,
         "startup": startup | {"total": ready, "first_token": ready + run.first_token},
     }
+
+
+def _step(
+    spans: Sequence[Span], batch: Batch | None, subject: Subject, ceilings: Ceilings | None
+) -> dict[str, Any] | None:
+    """Where a traced step's time goes."""
+    if batch is None or not spans:
+        return None
+    value_bytes = VALUE_BYTES.get(subject.config.dtype, 2)
+    return step_table(spans, batch, declare(subject.model_config), ceilings, value_bytes).record()
 
 
 def _against(ceilings: Ceilings, subject: Subject, workload: Workload, rate: float) -> dict[str, float]:

@@ -54,7 +54,10 @@ def add_parsers(commands: Any) -> None:
     _add_common(throughput)
     throughput.add_argument("--num-warmups", type=int, default=8, metavar="N", help="requests before it (default 8)")
     throughput.add_argument(
-        "--trace-out", type=Path, metavar="FILE", help="write a timeline of one steady step for Perfetto"
+        "--trace-out",
+        type=Path,
+        metavar="FILE",
+        help="write a timeline of one steady step, and say where its time goes",
     )
     latency = commands.add_parser(
         "latency", help="latency at given request rates", description=_LATENCY, epilog=_LATENCY_EXAMPLES
@@ -87,18 +90,17 @@ def throughput(args: argparse.Namespace) -> int:
     from nf.bench.environment import environment, finite, write_record
     from nf.bench.report import throughput_lines
     from nf.bench.throughput import results, run
+    from nf.bench.timeline import write_timeline
     from nf.llm import LLM
 
     with LLM(subject.loaded) as llm:
         done = run(llm, subject, workload, warmups=args.num_warmups, detokenize=args.detokenize, show=not args.quiet)
         spans = [] if args.trace_out is None else subject.trace(done.batch)
-    record = {"benchmark": "throughput", "environment": environment(), **describe(subject, workload, _name(args))}
-    record["results"] = finite(results(done, subject, workload, _ceilings(subject)))
-    print("\n".join(throughput_lines(record)))
     if args.trace_out is not None:
-        from nf.bench.timeline import write_timeline
-
         write_timeline(spans, args.trace_out, f"one step of {_name(args)}")
+    record = {"benchmark": "throughput", "environment": environment(), **describe(subject, workload, _name(args))}
+    record["results"] = finite(results(done, subject, workload, _ceilings(subject), spans))
+    print("\n".join(throughput_lines(record)))
     if args.json is not None:
         write_record(args.json, record)
     return 0

@@ -68,6 +68,9 @@ def test_throughput_from_command_to_record(tmp_path: Path, capsys: pytest.Captur
     assert startup["first_token"] > startup["total"]
     assert f"{rates['total']:,.1f} tokens/s" in rows["throughput"]
 
+    step = results["step"]
+    assert sum(row["seconds"] for row in step["operations"]) == pytest.approx(step["seconds"])
+    assert f"One step of {step['tokens']} tokens" in printed.out
     events = json.loads(timeline.read_text())["traceEvents"]
     assert sum(event["name"].startswith("gate_up_proj") for event in events) == 6  # layers
 
