@@ -19,6 +19,7 @@ from nf.executors.base import Executor, StepHandle
 from nf.scheduler.batch import Batch, PromptLogprobsBatch, SamplingBatch
 
 IN_FLIGHT = 2  # steps enqueued ahead, as the engine does
+TOKEN_IDS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ def step_batch(
     """A step whose sequences take ``new`` tokens each and are ``lens`` long then; the first ``num_decode`` decode.
 
     Each has pages of its own, in no order, as in a cache that has been used for a while. If only ``num_pages`` exist,
-    they are taken again and again, which makes the step's results worthless but not its work.
+    they are taken again and again, which makes the step's results worthless but not its work. Token ids are small ones,
+    which every vocabulary has.
     """
     count, new_tokens, kv_lens = num_decode, np.array(new, np.int64), np.array(lens, np.int64)
     seqs = len(new_tokens)
@@ -90,7 +92,7 @@ def step_batch(
     return Batch(
         step=0,
         num_decode=count,
-        token_ids=generator.integers(0, 1000, int(ends[-1])).astype(int32),
+        token_ids=generator.integers(0, TOKEN_IDS, int(ends[-1])).astype(int32),
         token_slots=np.repeat(np.arange(seqs), new_tokens).astype(int32),
         positions=positions.astype(int32),
         slots=np.arange(seqs, dtype=int32),
