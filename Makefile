@@ -17,7 +17,7 @@ test-gpu: $(VENV)/.gpu ## kernels against references; needs a GPU
 
 # Each tensor in an allocation of its own, with room behind it that nobody may touch. Calls that the driver refuses are
 # no news: the bindings ask it for functions of later versions.
-sanitize: $(VENV)/.gpu ## some of every kernel's tests under compute-sanitizer, which the CUDA toolkit brings
+sanitize: $(VENV)/.gpu ## some of the GPU tests under compute-sanitizer, which the CUDA toolkit brings
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --report-api-errors no --padding 256 --error-exitcode 1 \
 		$(BIN)/python -m pytest -m sanitize tests/gpu
 

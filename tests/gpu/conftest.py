@@ -23,14 +23,20 @@ SANITIZED = {
     "test_decode_attention": ("test_mixed_lengths", "test_no_decode_rows"),
     "test_gather": ("test_embed", "test_page_copies", "test_pages_swap_to_pinned_memory_and_back", "test_forks"),
     "test_gemm": ("test_residual_in_place", "test_more_rows_than_the_capacity_change_nothing"),
+    "test_gpu_executor": (
+        "test_plans_that_cut_anywhere", "test_sampled_tokens_feed_the_next_steps_before_the_host_knows_them",
+        "test_one_step_may_swap_out_and_in_through_the_same_host_page_and_then_copy",
+        "test_siblings_share_full_pages_and_get_their_own_copy_of_the_last", "test_logprobs_are_those_of_the_raw_logits",
+        "test_a_step_may_hold_no_tokens_and_sample_nothing",
+    ),
     "test_moe": ("test_router", "test_permutation", "test_combine", "test_block"),
     "test_norm": ("test_sizes", "test_ranges"),
     "test_prefill_attention": ("test_ragged_chunks", "test_without_prefill_rows_nothing_is_written"),
     "test_rope_append": ("test_configurations", "test_ranges", "test_no_tokens"),
     "test_sampling": ("test_edits", "test_only_the_rows_there_are", "test_prompt_logprobs"),
     "test_stream": ("test_copy", "test_read_ends"),
-}
-"""Tests that ``make sanitize`` runs, some of every kernel's, by file."""
+}  # fmt: skip
+"""Tests that ``make sanitize`` runs, some of every kernel's and of the whole executor's, by file."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
