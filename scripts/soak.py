@@ -27,10 +27,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from nf import AsyncLLM, SamplingParams
 from nf.bench import card
+from nf.bench.environment import environment, write_record
+from nf.cli.files import check_writable
 from nf.cli.options import add_engine_options, engine_options, named_by_flag
 from nf.cli.parser import CommandParser
 from nf.errors import InputError, NfError
@@ -43,6 +46,7 @@ SEQUENCES = 3  # of the longest kind: so many fit in the KV cache by default, an
 DENSE_BATCH_SIZE = 64  # by default
 GROWTH = {"file_descriptors": 2, "threads": 2, "host_bytes": 64 << 20, "gpu_bytes": 64 << 20}  # at most
 MOST_WRONG = 10  # sentences, then it is enough
+NUMBERS = ("seconds", "burst", "rate", "max_prompt", "max_tokens", "patience")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +234,7 @@ async def soak(model: str, options: dict[str, Any], args: Any) -> bool:
     """Run and report; whether all is well."""
     async with AsyncLLM(model, **options) as llm:
         run = Soak(llm, seed=args.seed, max_prompt=args.max_prompt, max_tokens=args.max_tokens, patience=args.patience)
+        record = _head(model, llm, args)
         started = time.monotonic()
         first = last = await run.burst(min(args.burst, args.seconds / 4), args.rate)  # first use allocates
         while not run.wrong:
@@ -237,20 +242,42 @@ async def soak(model: str, options: dict[str, Any], args: Any) -> bool:
             run.wrong += first.wrong(last)
             passed = time.monotonic() - started
             print(f"{passed:6.0f} s {_line(run)}", file=sys.stderr, flush=True)
+            if args.json is not None:  # at once: it may be stopped before its end
+                write_record(args.json, record | {"results": _results(run, passed, first, last)})
             if passed >= args.seconds * (2 if run.never_seen() else 1):
                 break
-    print(f"{model} on {llm.loaded.config.device}, {time.monotonic() - started:.0f} s: {_line(run)}")
+        results = _results(run, time.monotonic() - started, first, last)
+    if args.json is not None:
+        write_record(args.json, record | {"results": results})
+    print(f"{model} on {llm.loaded.config.device}, {results['seconds']:.0f} s: {_line(run)}")
     for name, value in asdict(first).items():
         print(f"  {name:18}{value:>16,} at first {getattr(last, name):>16,} at last")
+    print("\n".join(f"WRONG: {sentence}" for sentence in results["wrong"]) or "everything came back")
+    return not results["wrong"]
+
+
+def _head(model: str, llm: AsyncLLM, args: Any) -> dict[str, Any]:
+    """What is run, and where."""
+    asked = {name: getattr(args, name) for name in NUMBERS}
+    options = asdict(llm.loaded.config)
+    return {"benchmark": "soak", "environment": environment(), "model": model, "options": options, "asked": asked}
+
+
+def _results(run: Soak, seconds: float, first: Idle, last: Idle) -> dict[str, Any]:
+    """What came of it so far."""
     wrong = run.wrong[:MOST_WRONG] or [f"never seen: {name}" for name in run.never_seen()]
-    print("\n".join(f"WRONG: {sentence}" for sentence in wrong) or "everything came back")
-    return not wrong
+    idle = {"first": asdict(first), "last": asdict(last)}
+    return {"seconds": seconds, "counts": _counts(run), "idle": idle, "wrong": wrong}
+
+
+def _counts(run: Soak) -> dict[str, int]:
+    counters, stats = run.llm.loaded.scheduler.counters, run.llm.stats
+    counts = {**run.counts, "swapped": counters.swapped, "recomputed": counters.recomputed}
+    return dict(sorted((counts | {"steps": stats.steps, "output tokens": stats.output_tokens}).items()))
 
 
 def _line(run: Soak) -> str:
-    counters = run.llm.loaded.scheduler.counters
-    counts = {**run.counts, "swapped": counters.swapped, "recomputed": counters.recomputed}
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()))
+    return ", ".join(f"{count:,} {name}" for name, count in _counts(run).items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -269,12 +296,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=300, help="tokens (default 300)")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds a request may take (default 120)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record, after every burst")
     add_engine_options(parser)
     args = parser.parse_args(argv)
-    for name in ("seconds", "burst", "rate", "max_prompt", "max_tokens", "patience"):
+    for name in NUMBERS:
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')}: must be above 0, not {getattr(args, name):g}")
     try:
+        check_writable("--json", args.json)
         longest = args.max_prompt + args.max_tokens
         options = {"max_num_batched_tokens": DENSE_BATCH_SIZE, "max_model_len": longest, **engine_options(args)}
         pages = SEQUENCES * -(-longest // options.get("page_size", 16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -34,13 +35,23 @@ def complaints(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG: ")]
 
 
-def test_everything_comes_back(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    main([*SHORT, "--seconds", "3"])
+def test_everything_comes_back(main: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "soak.json"
+    code = main([*SHORT, "--seconds", "3", "--json", str(file)])
     printed = capsys.readouterr().out
     # What came up in so short a time depends on the machine; a run of minutes fails on it.
     assert not [line for line in printed.splitlines() if "WRONG" in line and "never seen" not in line]
     assert " abort in decode" in printed
     assert " cancel in prefill" in printed
+    record = json.loads(file.read_text())
+    results = record["results"]
+    assert (record["benchmark"], record["model"], record["asked"]["burst"]) == ("soak", "nf-tiny", 1)
+    assert record["environment"].keys() >= {"date", "commit", "versions"}
+    assert record["options"]["num_host_pages"] == results["idle"]["last"]["free_host_pages"]
+    assert results["idle"]["first"].keys() == results["idle"]["last"].keys()
+    assert results["counts"]["requests"] >= results["counts"]["whole"] > 0
+    assert bool(results["wrong"]) == bool(code)
+    assert f"{results['counts']['requests']:,} requests" in printed
 
 
 def test_a_lost_request_is_noticed(
@@ -98,6 +109,7 @@ def test_an_open_file_per_request_is_noticed(
     ("args", "said"),
     [
         (["nix"], "soak: nix: is neither a directory"),
+        (["nf-tiny", "--json", "/no/such/folder/x"], "soak: --json: /no/such/folder/x cannot be written"),
         (["nf-tiny", "--max-prompt", "4000"], "soak: --max-model-len: 4300 is more than 1024"),
     ],
 )
