@@ -7,7 +7,8 @@ fit in a step, so that prompts are read in chunks. Between bursts the engine is 
 then be free as they were at the beginning, and file descriptors, threads and memory must not have grown.
 
     python scripts/soak.py nf-tiny --seconds 30
-    python scripts/soak.py llama-3-8b --random-weights --seconds 600 --rate 100 --max-prompt 3000 --max-tokens 1000 \\
+    python scripts/soak.py nf-tiny --device cuda --rate 100
+    python scripts/soak.py llama-3-8b --random-weights --rate 25 --burst 10 --max-prompt 3000 --max-tokens 1000 \\
         --max-num-batched-tokens 2048 --num-pages 4000 --num-host-pages 500
 
 Fails if a request ends in another way than it should or does not end, if something does not come back, or if one of
