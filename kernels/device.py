@@ -17,6 +17,7 @@ from nf.errors import NfError
 
 _PIECE_BYTES = 64 << 20  # of pinned memory that a thread makes at a time
 _TOUCHING_THREADS = 4  # more are not faster
+_FOR_KERNELS = 2  # CU_MEMHOSTREGISTER_DEVICEMAP: not only copies, kernels reach it as well
 
 
 class CudaError(NfError, RuntimeError):
@@ -166,7 +167,7 @@ class PinnedMemory:
         _touch(whole)
         self.pointer = int(whole.ctypes.data)
         self.array: NDArray[np.uint8] = whole[:num_bytes]
-        (status,) = driver.cuMemHostRegister(self.pointer, len(whole), 0)
+        (status,) = driver.cuMemHostRegister(self.pointer, len(whole), _FOR_KERNELS)
         if int(status):
             raise CudaError(f"{num_bytes / 2**30:.2f} GiB of RAM cannot be locked for the GPU: {status.name}")
 

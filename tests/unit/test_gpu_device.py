@@ -27,14 +27,16 @@ class Driver:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.arguments: dict[str, Any] = {}  # of each call's last
         self.answers: dict[str, Any] = {
             "cuMemAlloc": (Result.CUDA_SUCCESS, 4096),
             "cuMemGetInfo": (Result.CUDA_SUCCESS, 3 * GIB // 2, 16 * GIB),
         }
 
     def __getattr__(self, name: str) -> Any:
-        def call(*_: Any) -> Any:
+        def call(*arguments: Any) -> Any:
             self.calls.append(name)
+            self.arguments[name] = arguments
             return self.answers.get(name, (Result.CUDA_SUCCESS,))
 
         return call
@@ -90,6 +92,8 @@ def test_page_locked_memory(driver: Driver, num_bytes: int) -> None:
     assert memory.array.shape == (num_bytes,)
     assert memory.pointer % 4096 == 0
     assert not memory.array.any()
+    mapped = 2  # CU_MEMHOSTREGISTER_DEVICEMAP: pages are swapped by a kernel
+    assert driver.arguments["cuMemHostRegister"] == (memory.pointer, max(1, num_bytes), mapped)
     memory.free()
     memory.free()
     assert driver.calls == ["cuMemHostRegister", "cuMemHostUnregister"]
