@@ -78,6 +78,7 @@ __device__ __forceinline__ void produce_kv(const uint8_t* cache, const int* kv_i
         const int length = item.position + item.tokens, first = first_block(item, window);
         int block = last_block(item), next_page = 0;
         if (block * KEYS + row < length) next_page = pages[block * KEYS + row >> page_shift];
+        __syncwarp();  // every lane has read the item: lane 0's last arrival below lets it be overwritten
 #pragma unroll 1
         for (; block >= first; --block) {
             const uint8_t* source = head + next_page * page_bytes;
@@ -112,6 +113,7 @@ __device__ __forceinline__ void produce_q(const uint8_t* q, int64_t q_stride, co
     for (Ring items;; items.advance<2>()) {
         barrier_wait_acquire(shared_address(&shared->item_full[items.slot]), items.phase);
         const Item& item = shared->item[items.slot];
+        const bool last = item.tokens == 0;  // now: the item may be overwritten once every thread has arrived
         const Part part(item, group);
         const int rows = part.tokens * group.size;
         const uint8_t* source = q + part.row * q_stride + item.head * group.size * (HEAD_DIM * 2) + chunk * 16;
@@ -125,6 +127,6 @@ __device__ __forceinline__ void produce_q(const uint8_t* q, int64_t q_stride, co
         copy_async_wait();
         async_proxy_fence();
         barrier_arrive(shared_address(&shared->q_full[items.slot]));
-        if (item.tokens == 0) return;
+        if (last) return;
     }
 }
