@@ -72,7 +72,7 @@ def compile_kernels(
 
     Raises:
         InputError: the arch is unknown.
-        CompileError: the toolchain is missing, or a source does not compile; the message names the kernel.
+        CompileError: a compiler is not installed, or a source does not compile; the message names it.
     """
     if arch not in ARCHES:
         raise InputError("arch", f"must be one of {', '.join(ARCHES)}, not {arch!r}")
@@ -80,17 +80,33 @@ def compile_kernels(
     sources = list(sources)
     found = {source.name: _fresh(home, source, arch) for source in sources}
     missing = [source for source in sources if found[source.name] is None]
-    for source in missing:
-        if _compiler_version(source.language) is None:
-            raise CompileError(
-                f"{source.name}: not in {home} and cannot be compiled, because {COMPILERS[source.language]} is not "
-                f"installed; install nf[cuda] or point NF_KERNEL_BUNDLE at a bundle made by `nf compile`"
-            )
+    problem = missing_compiler(missing)
+    if problem is not None:
+        raise CompileError(problem)
     for source, artifact in _compile_all(home, missing, arch, processes):
         found[source.name] = artifact
         if progress is not None:
             progress(source.name)
     return [artifact for artifact in found.values() if artifact is not None]
+
+
+def cached(sources: Iterable[KernelSource], arch: str) -> tuple[Artifact, ...]:
+    """Those of ``sources`` that need not be compiled, because the cache has them."""
+    home = cache_dir() / "kernels" / arch
+    found = (_fresh(home, source, arch) for source in sources)
+    return tuple(artifact for artifact in found if artifact is not None)
+
+
+def missing_compiler(sources: Iterable[KernelSource]) -> str | None:
+    """Why ``sources``, which nobody has compiled yet, cannot be: a compiler is not installed. None if they can."""
+    needed = {source.language for source in sources}
+    for language, package in COMPILERS.items():
+        if language in needed and _compiler_version(language) is None:
+            return (
+                f"the kernels are not compiled and {package} is not installed "
+                "(pip install 'nf[cuda]', or point NF_KERNEL_BUNDLE at a bundle made by `nf compile`)"
+            )
+    return None
 
 
 def load_bundle(sources: Iterable[KernelSource], arch: str, folder: Path) -> list[Artifact]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from nf.kernels.compile import Artifact, compile_kernels, load_bundle
+from nf.kernels.compile import Artifact, CompileError, cache_dir, cached, compile_kernels, load_bundle, missing_compiler
 from nf.kernels.source import KernelSource
 
 MODULES = (
@@ -32,11 +34,55 @@ def all_sources() -> list[KernelSource]:
     return found
 
 
-def artifacts(sources: list[KernelSource], arch: str) -> list[Artifact]:
-    """Compiled kernels, from the bundle ``$NF_KERNEL_BUNDLE`` if it is set, else from the cache or the compilers.
+@dataclass(frozen=True, slots=True)
+class KernelOrigin:
+    """Where kernels come from: a bundle, or the cache and, for what that lacks, the compilers.
+
+    Args:
+        folder: of the bundle or the cache.
+        problem: why the kernels cannot be had from there; None if they can, as far as can be told without compiling.
+        held: those of ``sources`` that the folder has.
+    """
+
+    sources: tuple[KernelSource, ...]
+    arch: str
+    folder: Path
+    problem: str | None
+    held: tuple[Artifact, ...] = ()
+
+    def artifacts(self) -> list[Artifact]:
+        """The kernels; what is missing is compiled.
+
+        Raises:
+            CompileError: there is a problem, or a kernel does not compile.
+        """
+        if self.problem is not None:
+            raise CompileError(self.problem)
+        found = {artifact.source: artifact for artifact in self.held}
+        missing = [source for source in self.sources if source not in found]
+        found |= zip(missing, compile_kernels(missing, self.arch), strict=True)
+        return [found[source] for source in self.sources]
+
+
+def kernel_origin(sources: Iterable[KernelSource], arch: str) -> KernelOrigin:
+    """Where this machine has ``sources`` from: the bundle ``$NF_KERNEL_BUNDLE`` if it is set, else the cache."""
+    sources = tuple(sources)
+    bundle = os.environ.get("NF_KERNEL_BUNDLE")
+    if not bundle:
+        held = cached(sources, arch)
+        missing = set(sources).difference(artifact.source for artifact in held)
+        return KernelOrigin(sources, arch, cache_dir() / "kernels", missing_compiler(missing), held)
+    folder = Path(bundle)
+    try:
+        return KernelOrigin(sources, arch, folder, None, tuple(load_bundle(sources, arch, folder)))
+    except CompileError as error:
+        return KernelOrigin(sources, arch, folder, f"NF_KERNEL_BUNDLE cannot be used ({error})")
+
+
+def artifacts(sources: Iterable[KernelSource], arch: str) -> list[Artifact]:
+    """Compiled kernels, wherever they come from; see ``KernelOrigin``.
 
     Raises:
-        CompileError: the bundle lacks a kernel, or one has to be compiled and cannot be.
+        CompileError: they cannot be had.
     """
-    bundle = os.environ.get("NF_KERNEL_BUNDLE")
-    return load_bundle(sources, arch, Path(bundle)) if bundle else compile_kernels(sources, arch)
+    return kernel_origin(sources, arch).artifacts()

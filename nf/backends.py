@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,9 @@ from nf.memory_budget import (
 )
 from nf.models.declaration import Model
 from nf.weights import load_weights, random_weights
+
+if TYPE_CHECKING:
+    from nf.kernels.registry import KernelOrigin
 
 logger = logging.getLogger(__name__)
 
@@ -109,16 +112,20 @@ _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat
 class GpuBackend:
     """The first GPU.
 
+    Args:
+        kernels: where those for it come from.
+
     Raises:
         CudaError: there is none.
     """
 
     max_num_seqs = 2048
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: KernelOrigin) -> None:
         from nf.kernels.device import Device
 
         self._device = Device()
+        self._kernels = kernels
 
     def resolve(self, config: EngineConfig, model: Model, plan: PipelinePlan, _name: str) -> EngineConfig:
         from nf.executors.gpu_memory import workspace_bytes
@@ -179,10 +186,9 @@ class GpuBackend:
     ) -> Executor:
         from nf.executors.gpu import GpuExecutor
         from nf.executors.gpu_weights import load_device_weights, random_device_weights
-        from nf.kernels.registry import all_sources, artifacts
 
         with timed(startup, "kernels"):  # before gigabytes are read: some may have to be compiled, and may not compile
-            compiled = artifacts(all_sources(), self._device.arch)
+            compiled = self._kernels.artifacts()
         with timed(startup, "weights"):
             if model_dir is None:
                 weights = random_device_weights(model, config.seed)

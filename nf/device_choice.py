@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nf.config import Device
 from nf.errors import InputError, NfError
 
 if TYPE_CHECKING:  # `nf --help` imports this
+    from nf.kernels.registry import KernelOrigin
     from nf.models.declaration import Model, Weight
 
 _CAPABILITY = "9.0"  # what the kernels are made for
@@ -26,6 +25,7 @@ class DeviceChoice:
     name: Literal["cpu", "cuda"]
     reason: str
     leaves_gpu: bool = False  # there is a GPU, and nobody said that it should not be used
+    kernels: KernelOrigin | None = None  # for a GPU
 
 
 def choose_device(asked: Device, model: Model | None = None) -> DeviceChoice:
@@ -41,12 +41,13 @@ def choose_device(asked: Device, model: Model | None = None) -> DeviceChoice:
     if asked == "cpu":
         return DeviceChoice("cpu", "it was asked for")
     gpus, no_gpu = gpu_devices()
-    if no_gpu is not None:
-        problem: str | None = f"no GPU: {no_gpu}"
-    else:
-        problem = _gpu_problem(gpus[0]) or kernels_problem() or (model_problem(model) if model else None)
+    problem = f"no GPU: {no_gpu}" if no_gpu is not None else _gpu_problem(gpus[0])
     if problem is None:
-        return DeviceChoice("cuda", f"{gpus[0]['name']} is there, and the kernels for it come from {kernels_origin()}")
+        kernels = find_kernels()
+        problem = kernels.problem or (model_problem(model) if model else None)
+        if problem is None:
+            reason = f"{gpus[0]['name']} is there, and the kernels for it come from {kernels.folder}"
+            return DeviceChoice("cuda", reason, kernels=kernels)
     if asked == "cuda":
         raise InputError("device", f"'cuda' cannot be had: {problem}; use 'cpu' or 'auto'")
     return DeviceChoice("cpu", problem, leaves_gpu=no_gpu is None)
@@ -77,33 +78,11 @@ def gpu_devices() -> tuple[list[dict[str, Any]], str | None]:
     return found, None if found else "the CUDA driver shows no device"
 
 
-def kernels_problem() -> str | None:
-    """Why this machine cannot have the kernels, from a bundle, the cache or the compilers; None if it can."""
-    from nf.kernels.compile import COMPILERS, CompileError, cache_dir, load_bundle
-    from nf.kernels.registry import all_sources
+def find_kernels() -> KernelOrigin:
+    """Where this machine has its kernels from, and if it cannot have them, why."""
+    from nf.kernels.registry import all_sources, kernel_origin
 
-    bundle = os.environ.get("NF_KERNEL_BUNDLE")
-    missing = {language: package for language, package in COMPILERS.items() if not _installed(package)}
-    if not bundle and not missing:
-        return None
-    needed = [source for source in all_sources() if bundle or source.language in missing]
-    try:
-        load_bundle(needed, _ARCH, Path(bundle) if bundle else cache_dir() / "kernels")  # a cache has its layout
-    except CompileError as error:
-        if bundle:
-            return f"NF_KERNEL_BUNDLE cannot be used ({error})"
-        return (
-            f"the kernels are not compiled and {next(iter(missing.values()))} is not installed "
-            "(pip install 'nf[cuda]', or point NF_KERNEL_BUNDLE at a bundle made by `nf compile`)"
-        )
-    return None
-
-
-def kernels_origin() -> str:
-    """Where compiled kernels are looked for."""
-    from nf.kernels.compile import cache_dir
-
-    return os.environ.get("NF_KERNEL_BUNDLE") or str(cache_dir() / "kernels")
+    return kernel_origin(all_sources(), _ARCH)
 
 
 def model_problem(model: Model) -> str | None:
@@ -176,13 +155,3 @@ def _call(function: Any, *args: Any) -> Any:
     if int(error) != 0:
         raise RuntimeError(getattr(error, "name", str(error)))
     return result[0] if result else None
-
-
-def _installed(package: str) -> bool:
-    from importlib import metadata
-
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -44,7 +44,7 @@ class Loaded:
         tokenizer: None if only token ids are taken.
         device_reason: why it runs on the device that it runs on, a sentence.
         startup: seconds that the parts of loading took: "text", "device", "weights", "executor", and on a GPU "kernels"
-            (found or compiled) and "capture".
+            (those that had to be compiled) and "capture".
     """
 
     config: EngineConfig
@@ -79,7 +79,7 @@ def load(model: str | os.PathLike[str], **options: Unpack[Options]) -> Loaded:
         choice = choose_device(config.device, declared)
         level = logging.WARNING if choice.leaves_gpu else logging.INFO
         logger.log(level, "runs on %s: %s", choice.name, choice.reason)
-        backend: Backend = GpuBackend() if choice.name == "cuda" else CpuBackend()
+        backend: Backend = GpuBackend(choice.kernels) if choice.kernels is not None else CpuBackend()
         if config.plan is None:
             plan = backend.stored_plan(declared, plan.dense_batch_size) or plan
         config = _resolve(config, declared, plan, backend, os.fspath(model_dir or model))

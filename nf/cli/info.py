@@ -70,9 +70,10 @@ def _executor(model: str | None) -> dict[str, str]:
 
 def _kernels() -> str:
     """Where compiled kernels come from."""
-    from nf.device_choice import kernels_origin, kernels_problem
+    from nf.device_choice import find_kernels
 
-    return kernels_problem() or kernels_origin()
+    kernels = find_kernels()
+    return kernels.problem or str(kernels.folder)
 
 
 def _bundled_model() -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from nf.cli import main
 from nf.cli.main import build_parser
 from nf.device_choice import DeviceChoice
 from nf.errors import EngineError, InputError
+from nf.kernels.registry import KernelOrigin
 
 
 def exits(argv: list[str]) -> int:
@@ -208,7 +210,7 @@ def test_info_about_a_model_without_gpu_kernels(
 ) -> None:
     use_driver(monkeypatch, Driver())
     monkeypatch.setattr("nf.device_choice._gpu_problem", lambda _gpu: None)
-    monkeypatch.setattr("nf.device_choice.kernels_problem", lambda: None)
+    monkeypatch.setattr("nf.device_choice.find_kernels", lambda: KernelOrigin((), "sm_90a", Path("kernels"), None))
     assert main(["info", "llama-3.1-405b", "--json"]) == 0
     executor = json.loads(capsys.readouterr().out)["executor"]
     assert executor["name"] == "cpu"

@@ -13,9 +13,11 @@ import pytest
 
 import nf.device_choice
 from nf.config import ModelConfig
-from nf.device_choice import choose_device, kernels_problem, model_problem
+from nf.device_choice import choose_device, find_kernels, model_problem
 from nf.errors import InputError
-from nf.kernels.compile import COMPILERS, SCHEMA, SUFFIX
+from nf.kernels import compile as kernel_compile
+from nf.kernels import toolchain
+from nf.kernels.compile import SCHEMA, SUFFIX, CompileError
 from nf.kernels.registry import all_sources
 from nf.kernels.source import KernelSource
 from nf.models.hf_config import read_config
@@ -36,7 +38,9 @@ class Machine:
         monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
         monkeypatch.delenv("NF_KERNEL_BUNDLE", raising=False)
         monkeypatch.setattr(nf.device_choice, "gpu_devices", self.gpus)
-        monkeypatch.setattr(nf.device_choice, "_installed", lambda _package: self.has_compilers)
+        monkeypatch.setattr(
+            kernel_compile, "_compiler_version", lambda _language: "1.0" if self.has_compilers else None
+        )
         monkeypatch.setattr(nf.device_choice, "import_module", self.module)
 
     def gpus(self) -> tuple[list[dict[str, Any]], str | None]:
@@ -108,16 +112,51 @@ def test_what_the_machine_lacks(machine: Machine, change: dict[str, Any], reason
 def test_kernels_come_from_a_bundle_the_cache_or_the_compilers(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert kernels_problem() is None
+    assert find_kernels().problem is None
     machine.has_compilers = False
-    assert kernels_problem() is not None
+    assert find_kernels().problem is not None
     fill(tmp_path / "kernels", all_sources())
-    assert kernels_problem() is None
+    assert find_kernels().problem is None
     bundle = tmp_path / "bundle"
     monkeypatch.setenv("NF_KERNEL_BUNDLE", str(bundle))
     refused(f"NF_KERNEL_BUNDLE cannot be used ({bundle}: holds kernels for no GPU, this GPU needs sm_90a)")
+    with pytest.raises(CompileError, match="NF_KERNEL_BUNDLE cannot be used"):
+        find_kernels().artifacts()
     fill(bundle, all_sources())
     assert str(bundle) in choose_device("auto").reason
+
+
+@pytest.mark.parametrize("where", ["bundle", "kernels"])
+def test_kernels_are_looked_at_once_for_the_choice_and_the_executor(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    sources = all_sources()
+    fill(tmp_path / where, sources)
+    machine.has_compilers = False
+    if where == "bundle":
+        monkeypatch.setenv("NF_KERNEL_BUNDLE", str(tmp_path / where))
+    kernels = choose_device("cuda").kernels
+    assert kernels is not None
+    monkeypatch.setattr(kernel_compile, "_stored", None)
+    assert [artifact.source for artifact in kernels.artifacts()] == sources
+    assert {artifact.path.parent for artifact in kernels.artifacts()} == {tmp_path / where / "sm_90a"}
+
+
+def test_only_what_the_cache_lacks_is_compiled(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert machine.has_compilers
+    sources = all_sources()
+    fill(tmp_path / "kernels", sources[1:], compiler="1.0")
+    compiled: list[str] = []
+
+    def compile_source(source: KernelSource, _arch: str) -> bytes:
+        compiled.append(source.name)
+        return b"compiled now"
+
+    monkeypatch.setattr(toolchain, "compile_source", compile_source)
+    assert [artifact.source for artifact in find_kernels().artifacts()] == sources
+    assert compiled == [sources[0].name]
 
 
 @pytest.mark.parametrize("has_compilers", [True, False])
@@ -129,9 +168,9 @@ def test_kernels_of_another_version_are_found_out_before_any_work(
     stale = [replace(sources[-1], config=(("OLD", 1),)), *sources[:-1]]
     fill(tmp_path / "kernels", stale)
     if has_compilers:
-        assert kernels_problem() is None  # that one is compiled anew
+        assert find_kernels().problem is None  # that one is compiled anew
     else:
-        refused("the kernels are not compiled and nvidia-cutlass-dsl-libs-base is not installed")
+        refused("the kernels are not compiled and nvidia-cuda-nvrtc is not installed")
     fill(tmp_path / "bundle", stale)
     monkeypatch.setenv("NF_KERNEL_BUNDLE", str(tmp_path / "bundle"))
     refused(f"NF_KERNEL_BUNDLE cannot be used ({tmp_path}/bundle/sm_90a: no intact {sources[-1].name} of this version")
@@ -140,14 +179,14 @@ def test_kernels_of_another_version_are_found_out_before_any_work(
 def test_a_missing_compiler_matters_for_its_own_kernels_alone(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(nf.device_choice, "_installed", lambda package: package == COMPILERS["cuda"])
+    monkeypatch.setattr(kernel_compile, "_compiler_version", lambda language: "1.0" if language == "cuda" else None)
     assert machine.has_compilers
-    assert kernels_problem() is not None
+    assert find_kernels().problem is not None
     fill(tmp_path / "kernels", [source for source in all_sources() if source.language == "cute"])
-    assert kernels_problem() is None
+    assert find_kernels().problem is None
 
 
-def fill(folder: Path, sources: list[KernelSource]) -> None:
+def fill(folder: Path, sources: list[KernelSource], compiler: str | None = None) -> None:
     """What compiling would have left, but for the code."""
     home = folder / "sm_90a"
     home.mkdir(parents=True, exist_ok=True)
@@ -156,6 +195,7 @@ def fill(folder: Path, sources: list[KernelSource]) -> None:
         record = {
             "schema": SCHEMA,
             "digest": source.digest("sm_90a"),
+            "compiler": compiler,
             "sha256": hashlib.sha256(binary).hexdigest(),
             "resources": [],
         }

@@ -23,7 +23,6 @@ from nf.executors import gpu, gpu_weights
 from nf.graphs import partition
 from nf.graphs.plan import nano_batch_plan
 from nf.graphs.plan_store import save_plan
-from nf.kernels import registry
 from nf.kernels.compile import CompileError
 from nf.kernels.device import DeviceMemoryError
 from nf.llm import LLM
@@ -136,9 +135,10 @@ class Gpu:
         self.calls: list[Any] = []
         device = SimpleNamespace(sms=132, name="NVIDIA H200", arch="sm_90a", memory=lambda: (15 << 30, 16 << 30))
         self.kernels = [object()]
-        monkeypatch.setattr(registry, "artifacts", lambda _sources, _arch: self.kernels)
+        self.origin: Any = SimpleNamespace(artifacts=lambda: self.kernels)
+        choice = DeviceChoice("cuda", "a GPU is there", kernels=self.origin)
         monkeypatch.setattr("nf.kernels.device.Device", lambda: device)
-        monkeypatch.setattr(nf.loading, "choose_device", lambda *_: DeviceChoice("cuda", "a GPU is there"))
+        monkeypatch.setattr(nf.loading, "choose_device", lambda *_: choice)
         monkeypatch.setattr(gpu, "GpuExecutor", self.executor)
         monkeypatch.setattr(gpu_weights, "load_device_weights", lambda _model, path: self.weights(path))
         monkeypatch.setattr(gpu_weights, "random_device_weights", lambda _model, seed: self.weights(seed))
@@ -177,14 +177,11 @@ def test_the_gpu_reads_the_directory(the_gpu: Gpu, tmp_path: Path) -> None:
     assert the_gpu.calls == [path]
 
 
-def test_kernels_are_there_before_weights_are_read(
-    the_gpu: Gpu, small_shape: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(sources: Any, arch: str) -> Any:
-        assert (len(sources), arch) == (len(registry.all_sources()), "sm_90a")
+def test_kernels_are_there_before_weights_are_read(the_gpu: Gpu, small_shape: str) -> None:
+    def refuse() -> Any:
         raise CompileError("embed: error: expected a ';'")
 
-    monkeypatch.setattr(registry, "artifacts", refuse)
+    the_gpu.origin.artifacts = refuse
     with pytest.raises(CompileError, match=r"^embed: error"):
         load(small_shape, random_weights=True)
     assert the_gpu.calls == []
@@ -249,7 +246,7 @@ def test_what_the_gpu_does_not_take(the_gpu: Gpu, small_shape: str, options: dic
 def test_the_backends_unit_of_preemption_is_time(the_gpu: Gpu, small_shape: str) -> None:
     assert the_gpu.calls == []
     config = load(small_shape, random_weights=True).config
-    swap, recompute = GpuBackend().preemption_costs(config, declare(SMALL))
+    swap, recompute = GpuBackend(the_gpu.origin).preemption_costs(config, declare(SMALL))
     assert 0 < swap < 1e-3
     assert 0 < recompute < 1e-3
 
