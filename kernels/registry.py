@@ -12,19 +12,20 @@ from nf.kernels.compile import Artifact, CompileError, cache_dir, cached, compil
 from nf.kernels.source import KernelSource
 
 MODULES = (
+    "sampling",
+    "prefill_attention",
     "gemm",
     "moe",
     "decode_attention",
-    "prefill_attention",
     "norm",
     "rope_append",
     "gather",
     "copies",
-    "sampling",
     "stream",
     "random_fill",
 )
-"""Modules of this package with a function ``sources() -> list[KernelSource]``."""
+"""Modules of this package with a function ``sources() -> list[KernelSource]``. Those with what takes longest to compile
+come first: begun last, it would keep one process busy after the others have ended."""
 
 
 def all_sources() -> list[KernelSource]:
