@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 Sms = int | Literal["all"]
 
 
+class PartitionError(CudaError):
+    """The driver gives no SM partitions."""
+
+
 @dataclass(frozen=True, slots=True)
 class SmPartition:
     """``sms`` SMs of a GPU. Lives as long as the process: making one takes time, so it is made once and shared."""
@@ -76,17 +80,29 @@ def available_partitions(sms: Iterable[Sms], device: int = 0) -> tuple[SmPartiti
     Raises:
         InputError: the hardware cannot give one of them; the message names the nearest that it can.
     """
-    counts = tuple(count for count in sms if count != "all")
     try:
-        return partitions(counts, device)
-    except (CudaError, AttributeError) as error:
+        return required_partitions(sms, device)
+    except PartitionError as error:
         _say_without(str(error))
         return ()
 
 
+def required_partitions(sms: Iterable[Sms], device: int = 0) -> tuple[SmPartition, ...]:
+    """``available_partitions`` for who measures them: figures of the whole GPU would pass for theirs.
+
+    Raises:
+        InputError: the hardware cannot give one of them; the message names the nearest that it can.
+        PartitionError: the driver has no green contexts.
+    """
+    try:
+        return partitions(tuple(count for count in sms if count != "all"), device)
+    except (CudaError, AttributeError) as error:
+        raise PartitionError(f"SM partitions are not available ({error})") from error
+
+
 @functools.cache
 def _say_without(reason: str) -> None:
-    logger.warning("SM partitions are not available (%s): SM counts of a plan limit its grids alone", reason)
+    logger.warning("%s: SM counts of a plan limit its grids alone", reason)
 
 
 @functools.cache

@@ -195,9 +195,9 @@ def _call(gemm: Gemm, pointers: dict[str, int], stream: int) -> None:
 
 @functools.cache
 def _partition(sms: int) -> int:
-    from nf.graphs.partition import partitions
+    from nf.graphs.partition import required_partitions
 
-    return partitions((sms,))[0].stream()
+    return required_partitions((sms,))[0].stream()
 
 
 def _in_turn(stream: Any, calls: list[list[Any]], estimate: float) -> list[float]:

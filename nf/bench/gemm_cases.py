@@ -123,9 +123,9 @@ def _call(bench: Bench, product: Gemm, w: Any, y: Any, extra: Any = None) -> Cal
 
 @functools.cache
 def _stream(sms: int) -> int:
-    from nf.graphs.partition import partitions
+    from nf.graphs.partition import required_partitions
 
-    return partitions((sms,))[0].stream()
+    return required_partitions((sms,))[0].stream()
 
 
 def _epilogue(bench: Bench, name: str, shape: Shape, epilogue: Epilogue, count: int = 2048) -> Row:

@@ -24,7 +24,7 @@ from nf.executors.gpu_memory import step_memory
 from nf.executors.gpu_pages import KvPages, page_bytes
 from nf.executors.gpu_weights import random_device_weights
 from nf.graphs.capture import Graph, capture
-from nf.graphs.partition import Lane, lanes
+from nf.graphs.partition import Lane, lanes, required_partitions
 from nf.graphs.pipeline_plan import PipelinePlan, Stream
 from nf.graphs.plan import LayerStep, sequential_plan
 from nf.kernels import device as cuda
@@ -185,6 +185,7 @@ class GpuBench:
     def _lanes_of(self, *sms: Sms) -> Sequence[Lane]:
         """Streams on disjoint partitions; a second one is more urgent."""
         if sms not in self._lanes:
+            required_partitions(sms)
             streams = [Stream(f"{place}", (), count, -place) for place, count in enumerate(sms)]
             self._lanes[sms] = lanes(streams, self._device.sms)
         return self._lanes[sms]

@@ -13,6 +13,7 @@ from nf.executors.gpu_memory import workspace_bytes
 from nf.executors.gpu_pages import page_bytes
 from nf.executors.gpu_weights import random_device_weights
 from nf.executors.trace import Span
+from nf.graphs.partition import required_partitions
 from nf.graphs.pipeline_plan import PipelinePlan
 from nf.kernels.device import Device
 from nf.kernels.registry import all_sources, artifacts
@@ -46,6 +47,7 @@ class GpuStepBench:
     @contextmanager
     def _executor(self, plan: PipelinePlan, loads: Sequence[Load]) -> Iterator[GpuExecutor]:
         """With as many pages as the loads fill, or as there is room for."""
+        required_partitions(stream.sms for stream in plan.streams)
         batches = [load.batch(PAGE_SIZE) for load in loads]
         longest = max(load.input_len + load.output_len for load in loads) + 1
         sizes = {

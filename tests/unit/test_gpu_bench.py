@@ -19,7 +19,7 @@ from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
 from nf.config import ModelConfig
 from nf.executors import gpu_buffers, gpu_inputs, gpu_memory, gpu_outputs, gpu_pages
-from nf.graphs.partition import Lane
+from nf.graphs.partition import Lane, PartitionError
 from nf.graphs.plan import sequential_plan
 from nf.models.registry import declare
 from nf.planning import gpu_bench, gpu_step_bench
@@ -161,6 +161,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "random_device_weights": lambda model, _: weights(model),
         "capture": capture,
         "lanes": fake_lanes,
+        "required_partitions": lambda _: (),
         "WARM_SECONDS": 0.002,
         "_idle_watts": lambda: 120.0,
     }
@@ -220,6 +221,28 @@ def test_two_side_by_side_are_each_timed_while_both_run() -> None:
     assert (pair.first.sms, pair.second.sms, pair.watts) == (108, 24, 500.0)
     assert [[lane.sms for lane in graph.lanes] for graph in CAPTURED[1::2]] == [[108], [24]]
     own.close()
+
+
+def test_nothing_is_measured_on_partitions_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(sms: Any) -> Any:
+        if any(count != "all" for count in sms):
+            raise PartitionError("SM partitions are not available")
+
+    for module in (gpu_bench, gpu_step_bench):
+        monkeypatch.setattr(module, "required_partitions", refuse)
+    own = bench()
+    own.solo(("qkv_proj", 64, "all", 0))
+    measured = len(CAPTURED)
+    with pytest.raises(PartitionError):
+        own.solo(("qkv_proj", 64, 116, 0))
+    with pytest.raises(PartitionError):
+        own.co_run(("o_proj", 32, 108, 0), ("decode_attention", 32, 24, 48))
+    assert len(CAPTURED) == measured
+    own.close()
+    plan = sequential_plan(own.model.operations, 64)
+    plan = replace(plan, streams=(replace(plan.streams[0], sms=116),))
+    with pytest.raises(PartitionError):
+        GpuStepBench(own.model, DEVICE).measure(plan, [Load(64, 40, 24)])
 
 
 @pytest.mark.parametrize(("rows", "context"), [(32, 24), (64, 24), (16, 24), (7, 24), (64, 0), (1, 24)])

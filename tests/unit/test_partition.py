@@ -12,7 +12,7 @@ import pytest
 
 from nf.errors import InputError
 from nf.graphs import partition
-from nf.graphs.partition import available_partitions, lanes, partitions
+from nf.graphs.partition import PartitionError, available_partitions, lanes, partitions, required_partitions
 from nf.graphs.pipeline_plan import Stream
 
 TOTAL, STEP = 132, 8
@@ -143,6 +143,18 @@ def test_without_green_contexts_lanes_are_plain_streams_and_the_log_says_so_once
     assert [sms for sms, _ in driver.streams] == [None] * 4
     assert len(caplog.records) == 1
     assert "SM counts of a plan limit its grids alone" in caplog.text
+
+
+def test_who_needs_partitions_is_refused_without_green_contexts(
+    driver: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver.refuses = 801
+    with pytest.raises(PartitionError, match=r"^SM partitions are not available \(.*CUDA_ERROR_NOT_SUPPORTED\)$"):
+        required_partitions([100, "all", 32])
+    assert not caplog.records
+    assert required_partitions(["all"]) == ()
+    driver.refuses = 0
+    assert [partition.sms for partition in required_partitions([100, "all", 32])] == [100, 32]
 
 
 def test_a_plan_without_partitions_asks_the_driver_for_none(driver: Driver) -> None:
