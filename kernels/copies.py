@@ -12,11 +12,8 @@ empty launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from nf.errors import InputError
-from nf.kernels.compile import Artifact
-from nf.kernels.load import CudaKernel
+from nf.kernels.load import KernelLoader
 from nf.kernels.source import KernelSource
 
 _THREADS = 256  # THREADS of copies.cu
@@ -43,7 +40,7 @@ class PageCopy:
     """Launches copies of whole pages.
 
     Args:
-        artifacts: of ``sources()``.
+        loader: of ``sources()``.
         layers: of the model.
         page_bytes: K and V of a page of one layer, a multiple of 16.
 
@@ -51,11 +48,10 @@ class PageCopy:
         InputError: pages that are not whole vectors.
     """
 
-    def __init__(self, artifacts: Iterable[Artifact], *, layers: int, page_bytes: int) -> None:
+    def __init__(self, loader: KernelLoader, *, layers: int, page_bytes: int) -> None:
         if page_bytes % 16 or page_bytes <= 0:
             raise InputError("page_bytes", f"must be a positive multiple of 16, not {page_bytes}")
-        by_name = {artifact.source.name: artifact for artifact in artifacts}
-        self._kernel = CudaKernel(by_name[COPY_PAGES.name])
+        self._kernel = loader.cuda(COPY_PAGES.name)
         self._layers = layers
         self._vectors = page_bytes // 16
 
@@ -91,13 +87,12 @@ class RowForks:
     """Launches copies of the starts of token-buffer rows.
 
     Args:
-        artifacts: of ``sources()``.
+        loader: of ``sources()``.
         tokens_stride: tokens of a row of the token buffer.
     """
 
-    def __init__(self, artifacts: Iterable[Artifact], tokens_stride: int) -> None:
-        by_name = {artifact.source.name: artifact for artifact in artifacts}
-        self._kernel = CudaKernel(by_name[FORK_ROWS.name])
+    def __init__(self, loader: KernelLoader, tokens_stride: int) -> None:
+        self._kernel = loader.cuda(FORK_ROWS.name)
         self._tokens_stride = tokens_stride
 
     def __call__(self, *, tokens: int, forks: int, count: int, sms: int, stream: int, pdl: bool = False) -> None:

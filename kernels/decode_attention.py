@@ -20,12 +20,10 @@ tiles by batch size anyway. For a given batch, results are the same in every run
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nf.kernels.compile import Artifact
 from nf.kernels.kv_cache import HEAD_DIMS, PAGE_SIZES, PagedShape
-from nf.kernels.load import CudaKernel
+from nf.kernels.load import KernelLoader
 from nf.kernels.source import KernelSource, ParameterKind
 
 STAGES = 2  # of a warp's ring
@@ -116,23 +114,22 @@ class DecodeAttention:
     """Launches decode attention of one shape. Ranges whose launches may overlap need a workspace each.
 
     Args:
-        artifacts: of ``sources()``, at least of the three kernels that ``shape`` needs.
+        loader: of ``sources()``, at least of the three kernels that ``shape`` needs.
         sms: multiprocessors of the GPU.
     """
 
-    def __init__(self, artifacts: Iterable[Artifact], shape: DecodeShape, *, sms: int) -> None:
-        by_name = {artifact.source.name: artifact for artifact in artifacts}
+    def __init__(self, loader: KernelLoader, shape: DecodeShape, *, sms: int) -> None:
         self.shape = shape
         self.sms = sms
         self.max_spans = shape.max_spans(sms)
         tile = tile_keys(shape.head_dim)
-        self._plan = CudaKernel(by_name[plan_source().name])
-        attention = by_name[attention_source(shape.head_dim, shape.page_size).name]
+        self._plan = loader.cuda(plan_source().name)
+        attention = attention_source(shape.head_dim, shape.page_size).name
         stage_bytes = tile * shape.head_dim * 4 + NOTE_BYTES
         self._attention = {
-            warps: CudaKernel(attention, shared_bytes=warps * STAGES * stage_bytes) for warps in (WARPS, FEW_SMS_WARPS)
+            warps: loader.cuda(attention, shared_bytes=warps * STAGES * stage_bytes) for warps in (WARPS, FEW_SMS_WARPS)
         }
-        self._merge = CudaKernel(by_name[merge_source().name])
+        self._merge = loader.cuda(merge_source().name)
         self._stats, self._out = _partials(self.max_spans)
         self._scale_log2 = shape.head_dim**-0.5 * math.log2(math.e)
 

@@ -15,10 +15,7 @@ per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from nf.kernels.compile import Artifact
-from nf.kernels.load import CudaKernel
+from nf.kernels.load import KernelLoader
 from nf.kernels.rows import ctas_per_sm, grid_on, row_threads, row_vectors
 from nf.kernels.source import KernelSource
 
@@ -40,7 +37,7 @@ class Embed:
     """Launches the embedding gather.
 
     Args:
-        artifacts: of ``sources()``.
+        loader: of ``sources()``.
         hidden_size: a multiple of 8, at most 16384.
         tokens_stride: tokens of a row of the token buffer.
 
@@ -48,9 +45,8 @@ class Embed:
         InputError: a hidden size no kernel was made for.
     """
 
-    def __init__(self, artifacts: Iterable[Artifact], hidden_size: int, tokens_stride: int) -> None:
-        by_name = {artifact.source.name: artifact for artifact in artifacts}
-        self._kernel = CudaKernel(by_name[EMBED.name])
+    def __init__(self, loader: KernelLoader, hidden_size: int, tokens_stride: int) -> None:
+        self._kernel = loader.cuda(EMBED.name)
         self._vectors = row_vectors(hidden_size)
         self._threads = row_threads(hidden_size)
         self._ctas_per_sm = ctas_per_sm(self._threads)

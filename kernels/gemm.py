@@ -24,14 +24,12 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nf.errors import InputError
-from nf.kernels.compile import Artifact
-from nf.kernels.load import CuteKernel
+from nf.kernels.load import CuteKernel, KernelLoader
 from nf.kernels.source import KernelSource, ParameterKind
 
 Epilogue = Literal["none", "bias", "residual", "swiglu"]
@@ -218,11 +216,11 @@ class GemmKernels:
     """Compiled kernels, each loaded when a product first needs it.
 
     Args:
-        artifacts: compiled ``sources()``, at least those of the choices.
+        loader: of ``sources()``, at least those of the choices.
     """
 
-    def __init__(self, artifacts: Iterable[Artifact]) -> None:
-        self._artifacts = {artifact.source.name: artifact for artifact in artifacts}
+    def __init__(self, loader: KernelLoader) -> None:
+        self._loader = loader
         self._loaded: dict[str, CuteKernel] = {}
 
     def product(
@@ -266,7 +264,7 @@ class GemmKernels:
         choice = choice or choose(n, k, capacity, sms, epilogue, output)
         name = choice.config.source(epilogue, output, grouped=grouped).name
         if name not in self._loaded:
-            self._loaded[name] = CuteKernel(self._artifacts[name])
+            self._loaded[name] = self._loader.cute(name)
         extra_stride = n if epilogue == "residual" else 0
         return Gemm(self._loaded[name], choice, n, k, capacity, sms, extra_stride, num_experts or 1)
 

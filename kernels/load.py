@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from nf.kernels.compile import Artifact
@@ -27,27 +29,44 @@ class LaunchError(CudaError):
     """A kernel cannot be loaded or launched."""
 
 
+class KernelLoader:
+    """Loads kernels by name, and unloads all of them at once.
+
+    Args:
+        artifacts: what there is to load.
+    """
+
+    def __init__(self, artifacts: Iterable[Artifact]) -> None:
+        self._artifacts = {artifact.source.name: artifact for artifact in artifacts}
+        self._undo = ExitStack()
+
+    def cute(self, name: str) -> CuteKernel:
+        """A kernel of the CuTe DSL. Raises LaunchError if it cannot be loaded."""
+        return CuteKernel(self._artifacts[name])
+
+    def cuda(self, name: str, *, shared_bytes: int = 0) -> CudaKernel:
+        """A CUDA C++ kernel that is launched with ``shared_bytes``. Raises CudaError if it cannot be loaded."""
+        kernel = CudaKernel(self._artifacts[name], shared_bytes=shared_bytes)
+        self._undo.callback(kernel.unload)
+        return kernel
+
+    def free(self) -> None:
+        """Unload; idempotent. Nothing may launch the kernels any more, nor any graph that has them be left."""
+        self._undo.close()
+
+
 class CuteKernel:
     """A CuTe DSL kernel with its own host launcher: grid, clusters and TMA descriptors are the launcher's business."""
 
     def __init__(self, artifact: Artifact) -> None:
         self.name = artifact.source.name
-        _load_runtime()
-        library = ctypes.CDLL(str(artifact.path))
+        library = _launcher(artifact.path)
         mangled = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, f"{LAUNCHER}_function_name")))
         self._launch = library[mangled.decode()]
         self._status = ctypes.c_int32()
         self._set_arguments, addresses = _arguments((*artifact.source.parameters, "pointer"))
         addresses.append(ctypes.addressof(self._status))
         self._arguments, self._count = (ctypes.c_void_p * len(addresses))(*addresses), len(addresses)
-        # Load the embedded cubin now, so that no launch or capture has to.
-        module = ctypes.c_void_p()
-        where = ctypes.c_void_p(ctypes.addressof(module))
-        library[f"_mlir_{LAUNCHER}_cuda_init"](_addresses(where, self._status))
-        self._check("loading")
-        device = ctypes.c_int32(_current_device())
-        library[f"_mlir_{LAUNCHER}_cuda_load_to_device"](_addresses(where, device, self._status))
-        self._check("loading")
 
     def __call__(self, *values: int | float, stream: int) -> None:
         """Launch with one value per parameter of the source (pointers as integers) on ``stream``.
@@ -58,11 +77,29 @@ class CuteKernel:
         self._set_arguments(*values, stream)
         self._launch(self._arguments, self._count)
         if self._status.value:
-            self._check("launching")
+            raise _refusal(self.name, "launching", self._status.value)
 
-    def _check(self, doing: str) -> None:
-        if self._status.value:
-            raise _refusal(self.name, doing, self._status.value)
+
+@functools.cache
+def _launcher(path: Path) -> ctypes.CDLL:
+    """The shared library of a CuTe DSL kernel, its cubin on the device, so that no launch or capture has to load it.
+
+    It stays for as long as the process, and all executors share it: its launcher keeps the kernel in a variable of the
+    library, of which a process has one however often it opens it. Loading the cubin again would put another kernel in
+    there, and unloading would leave none for other executors.
+
+    Raises:
+        LaunchError: the driver refused.
+    """
+    _load_runtime()
+    library = ctypes.CDLL(str(path))
+    module, status = ctypes.c_void_p(), ctypes.c_int32()
+    where, device = ctypes.c_void_p(ctypes.addressof(module)), ctypes.c_int32(_current_device())
+    for step, arguments in (("init", (where, status)), ("load_to_device", (where, device, status))):
+        library[f"_mlir_{LAUNCHER}_cuda_{step}"](_addresses(*arguments))
+        if status.value:
+            raise _refusal(path.stem, "loading", status.value)
+    return library
 
 
 class CudaKernel:
@@ -74,10 +111,13 @@ class CudaKernel:
         self.name = artifact.source.name
         self.shared_bytes = shared_bytes
         self._library = checked(driver.cuLibraryLoadFromFile(str(artifact.path).encode(), [], [], 0, [], [], 0))
-        kernel = checked(driver.cuLibraryGetKernel(self._library, artifact.source.entry.encode()))
-        if shared_bytes > 48 * 1024:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            checked(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, _current_device()))
+        with ExitStack() as undo:
+            undo.callback(self.unload)
+            kernel = checked(driver.cuLibraryGetKernel(self._library, artifact.source.entry.encode()))
+            if shared_bytes > 48 * 1024:
+                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                checked(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, _current_device()))
+            undo.pop_all()
         self._set_arguments, addresses = _arguments(artifact.source.parameters)
         self._config = _LaunchConfig()
         self._pdl = (_LaunchAttribute * 1)(_LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, value=(1,)))
@@ -103,6 +143,12 @@ class CudaKernel:
         status = self._launch()
         if status:
             raise _refusal(self.name, "launching", status)
+
+    def unload(self) -> None:
+        """Unload the cubin; no launch may come or be under way, and no graph that has the kernel be left."""
+        from cuda.bindings import driver
+
+        checked(driver.cuLibraryUnload(self._library))
 
     def _place(self, grid: int, block: int, stream: int, pdl: bool) -> None:
         """Attributes of a ctypes structure are slow to set, and seldom change."""

@@ -21,12 +21,10 @@ arXiv 2211.15841).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nf.errors import InputError
-from nf.kernels.compile import Artifact
-from nf.kernels.load import CudaKernel
+from nf.kernels.load import KernelLoader
 from nf.kernels.source import KernelSource
 
 TILE_ROWS = 128  # of a tile of the grouped GEMM
@@ -139,16 +137,15 @@ class Moe:
     the step. ``pdl`` starts a kernel before the one before has ended; it waits for that on the device.
 
     Args:
-        artifacts: of ``sources()``, at least those that ``shape`` needs.
+        loader: of ``sources()``, at least those that ``shape`` needs.
     """
 
-    def __init__(self, artifacts: Iterable[Artifact], shape: MoeShape) -> None:
-        by_name = {artifact.source.name: artifact for artifact in artifacts}
+    def __init__(self, loader: KernelLoader, shape: MoeShape) -> None:
         self.shape = shape
         self._router = next(router for router in _ROUTERS if shape.num_experts <= router.experts)
-        self._route = CudaKernel(by_name[self._router.source().name], shared_bytes=self._router.shared_bytes)
-        self._permute = CudaKernel(by_name["moe_permute"])
-        self._combine = CudaKernel(by_name[_combine_source(shape.experts_per_token).name])
+        self._route = loader.cuda(self._router.source().name, shared_bytes=self._router.shared_bytes)
+        self._permute = loader.cuda("moe_permute")
+        self._combine = loader.cuda(_combine_source(shape.experts_per_token).name)
         self._vectors = shape.hidden_size // 8
 
     def route(

@@ -14,11 +14,9 @@ output. One CTA takes a row at a time and reads it once. Memory-bound: 4·H byte
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Literal
 
-from nf.kernels.compile import Artifact
-from nf.kernels.load import CudaKernel
+from nf.kernels.load import KernelLoader
 from nf.kernels.rows import ctas_per_sm, grid_on, row_threads, row_vectors
 from nf.kernels.source import KernelSource, ParameterKind
 
@@ -48,7 +46,7 @@ class RmsNorm:
     """Launches RMSNorm of rows of one size.
 
     Args:
-        artifacts: of ``sources()``, at least of this variant's.
+        loader: of ``sources()``, at least of this variant's.
         hidden_size: a multiple of 8, at most 16384.
         eps: added to the mean square.
         variant: see the module.
@@ -57,10 +55,9 @@ class RmsNorm:
         InputError: a hidden size no kernel was made for.
     """
 
-    def __init__(self, artifacts: Iterable[Artifact], hidden_size: int, eps: float, variant: Variant = "plain") -> None:
-        by_name = {artifact.source.name: artifact for artifact in artifacts}
+    def __init__(self, loader: KernelLoader, hidden_size: int, eps: float, variant: Variant = "plain") -> None:
         self._vectors = row_vectors(hidden_size)
-        self._kernel = CudaKernel(by_name[norm_source(variant).name], shared_bytes=16 * self._vectors)
+        self._kernel = loader.cuda(norm_source(variant).name, shared_bytes=16 * self._vectors)
         self._threads = row_threads(hidden_size)
         self._eps = eps
 

@@ -30,12 +30,10 @@ idle, however long the context.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from nf.errors import InputError
-from nf.kernels.compile import Artifact
 from nf.kernels.kv_cache import HEAD_DIMS, check_shape
-from nf.kernels.load import CudaKernel
+from nf.kernels.load import KernelLoader
 from nf.kernels.source import KernelSource
 
 CLUSTER = 2  # CTAs that share a tile and the copies of its keys
@@ -78,7 +76,7 @@ class PrefillAttention:
     """Launches planning and attention for one shape of heads and pages.
 
     Args:
-        artifacts: compiled ``sources()``, among others perhaps.
+        loader: of ``sources()``, among others perhaps.
         num_heads, num_kv_heads: of this GPU.
         head_dim: 64 or 128.
         page_size: 16, 32 or 64 tokens.
@@ -91,7 +89,7 @@ class PrefillAttention:
 
     def __init__(
         self,
-        artifacts: Iterable[Artifact],
+        loader: KernelLoader,
         *,
         num_heads: int,
         num_kv_heads: int,
@@ -106,9 +104,8 @@ class PrefillAttention:
             raise InputError("window", f"must be at least 1, not {window}")
         if scale is not None and not scale > 0:
             raise InputError("scale", f"must be above 0, not {scale}")
-        by_name = {artifact.source.name: artifact for artifact in artifacts}
-        self._plan = CudaKernel(by_name["prefill_plan"])
-        self._attend = CudaKernel(by_name[f"prefill_attention_{head_dim}"], shared_bytes=SHARED_BYTES[head_dim])
+        self._plan = loader.cuda("prefill_plan")
+        self._attend = loader.cuda(f"prefill_attention_{head_dim}", shared_bytes=SHARED_BYTES[head_dim])
         self.tile_tokens = CLUSTER * (CTA_ROWS // group)
         inverse_group = -(-65536 // group)
         self._shape = (num_kv_heads, page_size.bit_length() - 1, group, inverse_group, window or 0)

@@ -7,10 +7,8 @@ and the method of Box and Muller. The same seed gives the same numbers on any gr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
 
-from nf.kernels.compile import Artifact
-from nf.kernels.load import CudaKernel
+from nf.kernels.load import KernelLoader
 from nf.kernels.source import KernelSource
 
 VECTOR = 8  # values of a 16-byte store
@@ -36,13 +34,12 @@ class RandomFill:
     """Launches the fill.
 
     Args:
-        artifacts: of ``sources()``.
+        loader: of ``sources()``.
         sms: multiprocessors to spread over.
     """
 
-    def __init__(self, artifacts: Iterable[Artifact], *, sms: int) -> None:
-        by_name = {artifact.source.name: artifact for artifact in artifacts}
-        self._kernel = CudaKernel(by_name[RANDOM_FILL.name])
+    def __init__(self, loader: KernelLoader, *, sms: int) -> None:
+        self._kernel = loader.cuda(RANDOM_FILL.name)
         self._grid = _CTAS * sms
 
     def __call__(self, out: int, count: int, *, seed: int, tensor: int, std: float, stream: int) -> None:

@@ -21,16 +21,13 @@ its output. Memory-bound: every byte of qkv is read once and written once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nf.kernels.compile import Artifact
 from nf.kernels.kv_cache import HEAD_DIMS, PAGE_SIZES, PagedShape
-from nf.kernels.load import CudaKernel
+from nf.kernels.load import KernelLoader
 from nf.kernels.rows import grid_on
 from nf.kernels.source import KernelSource, ParameterKind
 
@@ -81,12 +78,12 @@ class KvRows:
     """Launches the step's map from tokens to rows of the cache.
 
     Args:
-        artifacts: of ``sources()``, at least of the page size's.
+        loader: of ``sources()``, at least of the page size's.
         page_size: tokens per page.
     """
 
-    def __init__(self, artifacts: Iterable[Artifact], page_size: int) -> None:
-        self._kernel = CudaKernel(_artifact(artifacts, rows_source(page_size)))
+    def __init__(self, loader: KernelLoader, page_size: int) -> None:
+        self._kernel = loader.cuda(rows_source(page_size).name)
 
     def __call__(
         self,
@@ -133,13 +130,13 @@ class RopeAppend:
     """Launches the pass over qkv of one shape.
 
     Args:
-        artifacts: of ``sources()``, at least of the shape's.
+        loader: of ``sources()``, at least of the shape's.
     """
 
-    def __init__(self, artifacts: Iterable[Artifact], shape: RopeShape) -> None:
+    def __init__(self, loader: KernelLoader, shape: RopeShape) -> None:
         self.shape = shape
         source = rope_source(shape.head_dim, shape.page_size, shape.qk_norm)
-        self._kernel = CudaKernel(_artifact(artifacts, source))
+        self._kernel = loader.cuda(source.name)
         self._sizes = (shape.group, shape.num_kv_heads)
         self._eps = shape.eps
         self._qkv_vectors = shape.qkv_size // 8
@@ -183,9 +180,3 @@ class RopeAppend:
 @functools.cache
 def _grid(tokens: int, threads_per_token: int, sms: int) -> int:
     return grid_on(sms, -(-tokens * threads_per_token // _ROPE_THREADS), _CTAS_PER_SM)
-
-
-def _artifact(artifacts: Iterable[Artifact], source: KernelSource) -> Artifact:
-    by_name: dict[str, Any] = {artifact.source.name: artifact for artifact in artifacts}
-    found: Artifact = by_name[source.name]
-    return found

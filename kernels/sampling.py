@@ -22,12 +22,10 @@ of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from nf.errors import InputError
-from nf.kernels.compile import Artifact
-from nf.kernels.load import CudaKernel
+from nf.kernels.load import KernelLoader
 from nf.kernels.source import KernelSource, ParameterKind
 
 LogitsType = Literal["bf16", "fp32"]
@@ -114,7 +112,7 @@ class Sampler:
     """Launches sampling over one vocabulary.
 
     Args:
-        artifacts: of ``sources()``, at least of this type of logits.
+        loader: of ``sources()``, at least of this type of logits.
         dtype: of the logits.
         vocab_size: V.
         tokens_stride: tokens of a row of the token buffer.
@@ -122,10 +120,9 @@ class Sampler:
     """
 
     def __init__(
-        self, artifacts: Iterable[Artifact], dtype: LogitsType, *, vocab_size: int, tokens_stride: int, sms: int
+        self, loader: KernelLoader, dtype: LogitsType, *, vocab_size: int, tokens_stride: int, sms: int
     ) -> None:
-        by_name = {artifact.source.name: artifact for artifact in artifacts}
-        self._kernel = CudaKernel(by_name[sample_source(dtype).name], shared_bytes=_SHARED_BYTES)
+        self._kernel = loader.cuda(sample_source(dtype).name, shared_bytes=_SHARED_BYTES)
         self._vocab_size = vocab_size
         self._tokens_stride = tokens_stride
         self._ctas = _CTAS_PER_SM * sms
@@ -171,14 +168,13 @@ class PromptLogprobs:
     """Launches log-probabilities of given tokens.
 
     Args:
-        artifacts: of ``sources()``, at least of this type of logits.
+        loader: of ``sources()``, at least of this type of logits.
         dtype: of the logits.
         vocab_size: V.
     """
 
-    def __init__(self, artifacts: Iterable[Artifact], dtype: LogitsType, *, vocab_size: int) -> None:
-        by_name = {artifact.source.name: artifact for artifact in artifacts}
-        self._kernel = CudaKernel(by_name[prompt_logprobs_source(dtype).name], shared_bytes=_SHARED_BYTES)
+    def __init__(self, loader: KernelLoader, dtype: LogitsType, *, vocab_size: int) -> None:
+        self._kernel = loader.cuda(prompt_logprobs_source(dtype).name, shared_bytes=_SHARED_BYTES)
         self._vocab_size = vocab_size
 
     def __call__(

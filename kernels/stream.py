@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from nf.kernels.compile import Artifact
-from nf.kernels.load import CudaKernel
+from nf.kernels.load import KernelLoader
 from nf.kernels.source import KernelSource
 
 PIECE_BYTES = 16384  # per bulk copy of a read
@@ -38,9 +37,9 @@ class StreamRead:
     The best of a few (warps, stages) is the ceiling on a number of SMs.
     """
 
-    def __init__(self, artifact: Artifact, *, warps: int = 4, stages: int = 3) -> None:
+    def __init__(self, loader: KernelLoader, *, warps: int = 4, stages: int = 3) -> None:
         self._warps, self._stages = warps, stages
-        self._kernel = CudaKernel(artifact, shared_bytes=warps * stages * (PIECE_BYTES + 8))
+        self._kernel = loader.cuda(READ.name, shared_bytes=warps * stages * (PIECE_BYTES + 8))
 
     def __call__(self, memory: int, size: int, *, sms: int, stream: int) -> None:
         """Read ``size`` bytes, rounded down to whole pieces, from the 16-byte aligned address ``memory``."""
@@ -54,9 +53,9 @@ class StreamCopy:
     close together in memory. More vectors per thread, persistent CTAs and rings of bulk copies reach 3.6 to 4.1.
     """
 
-    def __init__(self, artifact: Artifact, *, threads: int = 256) -> None:
+    def __init__(self, loader: KernelLoader, *, threads: int = 256) -> None:
         self._threads = threads
-        self._kernel = CudaKernel(artifact)
+        self._kernel = loader.cuda(COPY.name)
 
     def __call__(self, source: int, target: int, size: int, *, stream: int, pdl: bool = False) -> None:
         """Copy ``size`` bytes, rounded down to whole vectors, between 16-byte aligned addresses."""

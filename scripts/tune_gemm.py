@@ -36,6 +36,7 @@ from nf.kernels.gemm import (
     configurations,
     cost,
 )
+from nf.kernels.load import KernelLoader
 from nf.kernels.source import KernelSource
 
 Point = tuple[int, int, int, int]  # n, k, SMs, rows
@@ -95,7 +96,7 @@ def _key(point: dict[str, Any]) -> Point:
 def measure(args: argparse.Namespace) -> None:
     record = new_record()
     configs = _configs(args)
-    kernels = GemmKernels(load_bundle(_sources(configs, args.names), "sm_90a", args.bundle))
+    kernels = GemmKernels(KernelLoader(load_bundle(_sources(configs, args.names), "sm_90a", args.bundle)))
     earlier = near_the_best(args.previous)
     started = time.monotonic()
     for model in args.models:

@@ -28,6 +28,7 @@ from nf.cli.parser import CommandParser
 from nf.errors import NfError
 from nf.kernels.compile import compile_kernels, load_bundle
 from nf.kernels.gemm import GemmChoice, GemmConfig, GemmKernels
+from nf.kernels.load import KernelLoader
 
 ROWS = (16, 32, 64)
 SMS = 132
@@ -114,7 +115,7 @@ def main() -> None:
         return
     try:
         record = new_record(note="seconds of a whole layer")
-        kernels = GemmKernels(load_bundle(sources, "sm_90a", args.bundle))
+        kernels = GemmKernels(KernelLoader(load_bundle(sources, "sm_90a", args.bundle)))
     except NfError as error:
         parser.exit(1, f"tune_gemm_layer: {error}\n")
     for model in args.models:

@@ -36,8 +36,7 @@ def measure_ceilings(config: ModelConfig, rows: int, gpus: int = 1) -> Ceilings:
     runs = [measure([call], warm=WARM_SECONDS, run=RUN_SECONDS) for call in calls]
     best = min(runs, key=lambda run: run.seconds)
     memory = bench.normal(READ_BYTES // 2)
-    (artifact,) = bench.artifacts([stream.READ])
-    ring = stream.StreamRead(artifact)
+    ring = stream.StreamRead(bench.loader)
     reads: list[Call] = [lambda on: ring(memory.data.ptr, READ_BYTES, sms=bench.sms, stream=on)]
     read = measure(reads, warm=WARM_SECONDS, run=RUN_SECONDS)
     flop = rows * products.bytes  # two operations per weight of two bytes

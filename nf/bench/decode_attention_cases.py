@@ -9,7 +9,7 @@ import numpy as np
 
 from nf.bench.kernels import Bench, Row
 from nf.bench.measure import Call, measure
-from nf.kernels.decode_attention import DecodeAttention, DecodeShape, sources
+from nf.kernels.decode_attention import DecodeAttention, DecodeShape
 
 HEAD_DIM, PAGE_SIZE, KV_HEADS = 128, 16, 8
 
@@ -50,7 +50,7 @@ def call(bench: Bench, heads: int, kv_lens: list[int], sms: int) -> Call:
     import cupy
 
     shape = DecodeShape(heads, KV_HEADS, HEAD_DIM, PAGE_SIZE)
-    attention = DecodeAttention(bench.artifacts(sources()), shape, sms=bench.sms)
+    attention = DecodeAttention(bench.loader, shape, sms=bench.sms)
     pages = -(-np.array(kv_lens) // PAGE_SIZE)
     columns = (heads + 2 * KV_HEADS) * HEAD_DIM
     q = bench.normal(len(kv_lens), columns)

@@ -13,7 +13,7 @@ from typing import Any
 from nf.bench import cublas
 from nf.bench.kernels import Bench, Row
 from nf.bench.measure import Call, Measurement, measure
-from nf.kernels.gemm import Epilogue, Gemm, GemmKernels, Output, sources
+from nf.kernels.gemm import Epilogue, Gemm, GemmKernels, Output
 
 Shape = tuple[int, int]  # n, k
 
@@ -57,7 +57,7 @@ class Products:
 
     def __init__(self, bench: Bench, shapes: list[Shape], output: Output = "bfloat16") -> None:
         self.bench, self.shapes, self.output = bench, shapes, output
-        self.kernels = GemmKernels(bench.artifacts(sources()))
+        self.kernels = GemmKernels(bench.loader)
         self.weights = [bench.normal(n, k, scale=k**-0.5) for n, k in shapes]
         self.bytes = sum(n * k * 2 for n, k in shapes)
 
@@ -131,7 +131,7 @@ def _stream(sms: int) -> int:
 def _epilogue(bench: Bench, name: str, shape: Shape, epilogue: Epilogue, count: int = 2048) -> Row:
     """The same product with and without an epilogue, each in the configuration chosen for it."""
     n, k = shape
-    kernels = GemmKernels(bench.artifacts(sources()))
+    kernels = GemmKernels(bench.loader)
     w = bench.normal(n, k, scale=k**-0.5)
     y, bias = bench.normal(count, n), bench.normal(n)
     fused = kernels.product(n, k, count, sms=bench.sms, epilogue=epilogue)

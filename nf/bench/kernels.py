@@ -16,7 +16,7 @@ from typing import Any, Literal
 from nf.bench import cublas
 from nf.bench.environment import environment
 from nf.bench.measure import Call, Measurement, measure, need_cupy
-from nf.kernels.compile import Artifact
+from nf.kernels.load import KernelLoader
 from nf.kernels.registry import all_sources, artifacts
 from nf.kernels.source import KernelSource
 
@@ -53,17 +53,13 @@ class Row:
 
 
 class Bench:
-    """What the cases share: the compiled kernels, random data and the ceilings of this card, measured once."""
+    """What the cases share: the kernels, random data and the ceilings of this card, measured once."""
 
     def __init__(self, sources: list[KernelSource], arch: str = "sm_90a") -> None:
         import cupy
 
         cupy.cuda.Device().synchronize()  # makes the context that kernels are loaded into
-        self._artifacts = {artifact.source.name: artifact for artifact in artifacts(sources, arch)}
-
-    def artifacts(self, sources: list[KernelSource]) -> list[Artifact]:
-        """Compiled forms of these sources."""
-        return [self._artifacts[source.name] for source in sources]
+        self.loader = KernelLoader(artifacts(sources, arch))
 
     @cached_property
     def sms(self) -> int:
@@ -88,7 +84,7 @@ class Bench:
             memory = self.normal(1 << 30)  # 2 GiB
             best = 0.0
             for warps, stages in ((4, 3), (2, 6), (1, 12)):
-                read = stream.StreamRead(self.artifacts([stream.READ])[0], warps=warps, stages=stages)
+                read = stream.StreamRead(self.loader, warps=warps, stages=stages)
 
                 def call(on: int, read: Any = read) -> None:
                     read(memory.data.ptr, memory.nbytes, sms=key, stream=on)
@@ -118,7 +114,7 @@ class Bench:
             source, target = (self.normal(count * size // 2) for _ in range(2))
             seconds = []
             for threads in (256, 512):
-                copy = stream.StreamCopy(self.artifacts([stream.COPY])[0], threads=threads)
+                copy = stream.StreamCopy(self.loader, threads=threads)
 
                 def call(on: int, at: int, copy: Any = copy) -> None:
                     copy(source.data.ptr + at, target.data.ptr + at, size, stream=on, pdl=True)

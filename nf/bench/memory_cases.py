@@ -51,7 +51,7 @@ def _count(tokens: int) -> Any:
 def norm_call(bench: Bench, tokens: int, variant: norm.Variant, of: int | None = None) -> Call:
     import cupy
 
-    kernel = norm.RmsNorm(bench.artifacts(norm.sources()), HIDDEN, 1e-5, variant)
+    kernel = norm.RmsNorm(bench.loader, HIDDEN, 1e-5, variant)
     hidden, delta, weight = bench.normal(of or tokens, HIDDEN), bench.normal(tokens, HIDDEN), bench.normal(HIDDEN)
     normed, count = cupy.empty((tokens, HIDDEN), cupy.uint16), _count(tokens)
     listed = cupy.random.permutation(of or tokens)[:tokens].astype(cupy.int32)
@@ -72,7 +72,7 @@ def rope_call(bench: Bench, tokens: int, decodes: bool) -> Call:
     from nf.executors.rope import rotary_table
 
     shape = rope_append.RopeShape(HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE)
-    kernel = rope_append.RopeAppend(bench.artifacts(rope_append.sources()), shape)
+    kernel = rope_append.RopeAppend(bench.loader, shape)
     qkv = bench.normal(tokens, shape.qkv_size)
     kv = cupy.zeros((tokens, KV_HEADS, 2 * HEAD_DIM * PAGE_SIZE), cupy.uint16)
     table = cupy.asarray(rope_append.rotary_pairs(*rotary_table(RopeConfig(), HEAD_DIM, POSITIONS)))
@@ -99,7 +99,7 @@ def embed_call(bench: Bench, table: Any, tokens: int, decodes: bool) -> Call:
     """Decodes, whose ids are in the token buffer, or prompts, whose ids are given."""
     import cupy
 
-    kernel = gather.Embed(bench.artifacts(gather.sources()), HIDDEN, POSITIONS)
+    kernel = gather.Embed(bench.loader, HIDDEN, POSITIONS)
     hidden = cupy.empty((tokens, HIDDEN), cupy.uint16)
     buffer = cupy.asarray(np.random.default_rng(0).integers(0, VOCAB, (256, POSITIONS)).astype(np.int32))
     ids = cupy.full(tokens, -1, cupy.int32) if decodes else cupy.random.randint(0, VOCAB, tokens).astype(cupy.int32)

@@ -9,7 +9,7 @@ from functools import partial
 from nf.bench.kernels import Bench, Row
 from nf.bench.measure import Call, Measurement, measure
 from nf.kernels import gemm
-from nf.kernels.moe import TILE_ROWS, Moe, MoeShape, sources
+from nf.kernels.moe import TILE_ROWS, Moe, MoeShape
 
 HIDDEN, INNER, EXPERTS, CHOICES = 4096, 14336, 8, 2
 SHAPE = MoeShape(HIDDEN, EXPERTS, CHOICES)
@@ -49,7 +49,7 @@ class Routed:
     def __init__(self, bench: Bench, tokens: int) -> None:
         import cupy
 
-        self.moe, self.sms, self.tokens = Moe(bench.artifacts(sources()), SHAPE), bench.sms, tokens
+        self.moe, self.sms, self.tokens = Moe(bench.loader, SHAPE), bench.sms, tokens
         self.max_rows = SHAPE.max_rows(tokens)
         self.normed = bench.normal(tokens, HIDDEN)
         self.weight = bench.normal(EXPERTS, HIDDEN, scale=HIDDEN**-0.5)
@@ -108,7 +108,7 @@ class GroupedProduct:
         import cupy
 
         routed = Routed(self.bench, tokens)
-        kernels = gemm.GemmKernels(self.bench.artifacts(gemm.sources()))
+        kernels = gemm.GemmKernels(self.bench.loader)
         product = kernels.product(
             self.n, self.k, routed.max_rows, sms=self.bench.sms, epilogue=self.epilogue, num_experts=EXPERTS
         )
@@ -128,7 +128,7 @@ class GroupedProduct:
 def _dense(bench: Bench, n: int, k: int, rows: int, epilogue: gemm.Epilogue) -> Call:
     import cupy
 
-    product = gemm.GemmKernels(bench.artifacts(gemm.sources())).product(n, k, rows, sms=bench.sms, epilogue=epilogue)
+    product = gemm.GemmKernels(bench.loader).product(n, k, rows, sms=bench.sms, epilogue=epilogue)
     x, w, y = bench.normal(rows, k), bench.normal(n, k, scale=k**-0.5), cupy.empty((rows, n), cupy.uint16)
     count = cupy.full(1, rows, cupy.int32)
     cupy.cuda.get_current_stream().synchronize()

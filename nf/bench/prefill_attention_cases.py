@@ -9,7 +9,7 @@ import numpy as np
 
 from nf.bench.kernels import Bench, Row
 from nf.bench.measure import Call, measure
-from nf.kernels.prefill_attention import PrefillAttention, sources
+from nf.kernels.prefill_attention import PrefillAttention
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 
@@ -33,7 +33,7 @@ def call(bench: Bench, count: int, new: int, cached: int) -> Call:
     import cupy
 
     attention = PrefillAttention(
-        bench.artifacts(sources()),
+        bench.loader,
         num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, page_size=PAGE_SIZE,
     )  # fmt: skip
     tokens, pages = count * new, (new + cached) // PAGE_SIZE

@@ -55,9 +55,7 @@ def call(bench: Bench, dtype: sampling.LogitsType, columns: dict[str, float], lo
     import cupy
 
     length = 1024
-    kernel = sampling.Sampler(
-        bench.artifacts(sampling.sources()), dtype, vocab_size=VOCAB, tokens_stride=length + 1, sms=bench.sms
-    )
+    kernel = sampling.Sampler(bench.loader, dtype, vocab_size=VOCAB, tokens_stride=length + 1, sms=bench.sms)
     values: dict[str, Any] = {
         "slots": np.arange(COUNT), "positions": length, "prompt_lens": length // 2, "temperature": 0.0, "top_k": 0,
         "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,

@@ -35,6 +35,7 @@ from nf.graphs.plan import PipelinePlan, unroll, validate
 from nf.graphs.pool import GraphPool, step_plans
 from nf.kernels.compile import Artifact
 from nf.kernels.device import CudaError, Device, Event, Stream
+from nf.kernels.load import KernelLoader
 from nf.kernels.random_fill import RandomFill
 from nf.models.declaration import Model
 from nf.scheduler.batch import Batch, Int32, without_sampling
@@ -111,12 +112,13 @@ class GpuExecutor:
         self._config = model.config
         self._model = model
         self._device = device
-        self._artifacts = artifacts
+        self._loader = KernelLoader(artifacts)
         self._sizes = Sizes(plan.dense_batch_size, max_num_seqs, max_model_len, page_size)
         self._failure: Exception | None = None  # the first; set by either thread and never taken back
         self._closed = False
         with ExitStack() as undo:
             undo.callback(weights.free)
+            undo.callback(self._loader.free)
             _check_model(model)
             validate(plan, model.operations, gpu_sms=device.sms)
             self._plans = step_plans(plan, model.operations)
@@ -198,7 +200,7 @@ class GpuExecutor:
         """
         self._check_open()
         self._device.use()
-        fill = RandomFill(self._artifacts, sms=self._device.sms)
+        fill = RandomFill(self._loader, sms=self._device.sms)
         self._pages.randomize(fill, seed, self._stream.handle)
         self._stream.synchronize()
 
@@ -235,7 +237,7 @@ class GpuExecutor:
             num_host_pages=self.num_host_pages,
         )
         undo.callback(self._pages.free)
-        self._kernels = LayerKernels(self._artifacts, self._model, sizes, page_bytes=self._pages.page_bytes, sms=sms)
+        self._kernels = LayerKernels(self._loader, self._model, sizes, page_bytes=self._pages.page_bytes, sms=sms)
         self._memory = step_memory(
             config,
             self._plans,

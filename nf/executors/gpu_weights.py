@@ -111,27 +111,30 @@ def random_device_weights(model: Model, seed: int, std: float = 0.02) -> DeviceW
     """
     from cuda.bindings import driver
 
+    from nf.kernels.load import KernelLoader
     from nf.kernels.random_fill import RandomFill, sources
     from nf.kernels.registry import artifacts
 
     device = Device(int(checked(driver.cuCtxGetDevice())))
-    fill = RandomFill(artifacts(sources(), device.arch), sms=device.sms)
+    loader = KernelLoader(artifacts(sources(), device.arch))
     places = layout(model)
     with ExitStack() as undo:
         memory = DeviceMemory(places.num_bytes, "weights")
         undo.callback(memory.free)
-        stream = Stream()
-        undo.callback(stream.free)
-        for tensor, (weight, _, place) in enumerate(_placed(model, places)):
-            pointer, count = memory.pointer + place, math.prod(weight.shape)
-            if len(weight.shape) > 1:
-                fill(pointer, count, seed=seed, tensor=tensor, std=std, stream=stream.handle)
-            else:
-                constant = _ONE if weight.name.endswith("_norm") else 0
-                checked(driver.cuMemsetD16Async(pointer, constant, count, stream.handle))
-        stream.synchronize()
+        with ExitStack() as done:
+            done.callback(loader.free)
+            fill = RandomFill(loader, sms=device.sms)
+            stream = Stream()
+            done.callback(stream.free)
+            done.callback(stream.synchronize)  # before the kernel is unloaded, whatever happens
+            for tensor, (weight, _, place) in enumerate(_placed(model, places)):
+                pointer, count = memory.pointer + place, math.prod(weight.shape)
+                if len(weight.shape) > 1:
+                    fill(pointer, count, seed=seed, tensor=tensor, std=std, stream=stream.handle)
+                else:
+                    constant = _ONE if weight.name.endswith("_norm") else 0
+                    checked(driver.cuMemsetD16Async(pointer, constant, count, stream.handle))
         undo.pop_all()
-        stream.free()
     return _at(places, memory)
 
 

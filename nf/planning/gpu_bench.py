@@ -28,8 +28,8 @@ from nf.graphs.partition import Lane, lanes, required_partitions
 from nf.graphs.pipeline_plan import PipelinePlan, Stream
 from nf.graphs.plan import LayerStep, sequential_plan
 from nf.kernels import device as cuda
+from nf.kernels.load import KernelLoader
 from nf.kernels.random_fill import RandomFill
-from nf.kernels.random_fill import sources as fill_sources
 from nf.kernels.registry import all_sources, artifacts
 from nf.kernels.source import HERE
 from nf.models.declaration import Model
@@ -132,8 +132,9 @@ class GpuBench:
         self._num_pages = min(-(-kv_tokens // PAGE_SIZE) + sizes.max_num_seqs, min(KV_BYTES, free // 2) // one_page)
         pages = KvPages(config, device=self._device, page_size=PAGE_SIZE, num_pages=self._num_pages, num_host_pages=0)
         undo.callback(pages.free)
-        compiled = artifacts(all_sources(), self._device.arch)
-        self._kernels = LayerKernels(compiled, self.model, sizes, page_bytes=pages.page_bytes, sms=sms)
+        self._loader = KernelLoader(artifacts(all_sources(), self._device.arch))
+        undo.callback(self._loader.free)
+        self._kernels = LayerKernels(self._loader, self.model, sizes, page_bytes=pages.page_bytes, sms=sms)
         tokens = {*extent.rows, *extent.light_rows, *extent.decode_rows, *extent.pair_rows}
         self._plans = {count: sequential_plan(self.model.operations, count) for count in sorted(tokens)}
         plans = list(self._plans.values())
@@ -146,7 +147,7 @@ class GpuBench:
     def _fill(self, plans: Sequence[PipelinePlan], pages: KvPages) -> None:
         """Random activations, keys and values: zeros would take less power than any real data."""
         sms, stream = self._device.sms, self._streams[0]
-        fill = RandomFill(artifacts(fill_sources(), self._device.arch), sms=sms)
+        fill = RandomFill(self._loader, sms=sms)
         arrays = buffer_layout(self._config, self._sizes, plans, sms).sizes
         todo = [(self._memory.buffers[name], arrays[name]) for name in RANDOM_BUFFERS if name in arrays]
         for number, (pointer, num_bytes) in enumerate(todo):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nf.kernels.decode_attention import DecodeAttention, DecodeShape, sources
+from nf.kernels.load import KernelLoader
 from nf.kernels.registry import artifacts
 
 torch = pytest.importorskip("torch")
@@ -60,7 +61,7 @@ class Case:
 
     def run(self, start: int = 0, stop: int = 1 << 30, *, sms: int = 132, planned: int = 0, launches: int = 1) -> Any:
         """Output of the last of several launches on ``sms`` SMs, after a plan for ``planned`` (0: as many)."""
-        kernel = DecodeAttention(artifacts(sources(), "sm_90a"), self.shape, sms=132)
+        kernel = DecodeAttention(KernelLoader(artifacts(sources(), "sm_90a")), self.shape, sms=132)
         workspace = torch.full((self.shape.workspace_bytes(132),), 0xAB, dtype=torch.uint8, device="cuda")
         stream = torch.cuda.current_stream().cuda_stream
         kernel.plan(
@@ -212,7 +213,7 @@ def test_a_row_of_nan_leaves_the_others_alone() -> None:
 def test_replays_with_other_lengths() -> None:
     """A captured plan and attention serve whatever the device arrays hold."""
     case = Case([900, 20, 3000], shape())
-    kernel = DecodeAttention(artifacts(sources(), "sm_90a"), case.shape, sms=132)
+    kernel = DecodeAttention(KernelLoader(artifacts(sources(), "sm_90a")), case.shape, sms=132)
     workspace = torch.empty(case.shape.workspace_bytes(132), dtype=torch.uint8, device="cuda")
     out = torch.empty((len(case.q), case.shape.num_heads * case.shape.head_dim), device="cuda").bfloat16()
     lens, graph = case.lens.clone(), torch.cuda.CUDAGraph()

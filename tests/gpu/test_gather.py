@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nf.kernels import copies, gather
+from nf.kernels.load import KernelLoader
 from nf.kernels.registry import artifacts
 
 torch = pytest.importorskip("torch")
@@ -39,7 +40,7 @@ def test_embed(hidden_size: int, count: int, start: int, stop: int) -> None:
     for i in range(done.start, done.stop):
         if token_ids[i] >= 0:
             expected[token_slots[i], positions[i]] = token_ids[i]
-    gather.Embed(artifacts(gather.sources(), "sm_90a"), hidden_size, length)(
+    gather.Embed(KernelLoader(artifacts(gather.sources(), "sm_90a")), hidden_size, length)(
         table=table.data_ptr(), hidden=hidden.data_ptr(), tokens=tokens.data_ptr(), token_ids=arrays[0].data_ptr(),
         token_slots=arrays[1].data_ptr(), positions=arrays[2].data_ptr(), count=arrays[3].data_ptr(),
         start=start, stop=stop, sms=3, stream=stream(), pdl=True,
@@ -60,7 +61,7 @@ def test_page_copies(page_bytes: int, count: int) -> None:
     expected = cache.clone()
     expected[:, pairs[:count, 1]] = cache[:, pairs[:count, 0]]
     listed, number = int32(pairs), int32([count])
-    copies.PageCopy(artifacts(copies.sources(), "sm_90a"), layers=layers, page_bytes=page_bytes)(
+    copies.PageCopy(KernelLoader(artifacts(copies.sources(), "sm_90a")), layers=layers, page_bytes=page_bytes)(
         source=cache.data_ptr(), destination=cache.data_ptr(), pairs=listed.data_ptr(),
         count=number.data_ptr(), source_stride=pages * page_bytes, destination_stride=pages * page_bytes,
         sms=2, stream=stream(),
@@ -72,7 +73,7 @@ def test_pages_swap_to_pinned_memory_and_back() -> None:
     layers, pages, page_bytes = 2, 8, 4096
     cache = torch.randint(0, 256, (layers, pages, page_bytes), device="cuda", dtype=torch.uint8)
     host = torch.zeros(layers, 5, page_bytes, dtype=torch.uint8).pin_memory()
-    copy = copies.PageCopy(artifacts(copies.sources(), "sm_90a"), layers=layers, page_bytes=page_bytes)
+    copy = copies.PageCopy(KernelLoader(artifacts(copies.sources(), "sm_90a")), layers=layers, page_bytes=page_bytes)
     device, away = (cache.data_ptr(), pages * page_bytes), (host.data_ptr(), 5 * page_bytes)
     expected = cache.clone()
     expected[:, [6, 0]] = cache[:, [2, 7]]
@@ -96,7 +97,7 @@ def test_forks(count: int) -> None:
     for source, destination, length in forks[:count]:
         expected[destination, :length] = tokens[source, :length]
     listed, number = int32(forks), int32([count])
-    copies.RowForks(artifacts(copies.sources(), "sm_90a"), 1001)(
+    copies.RowForks(KernelLoader(artifacts(copies.sources(), "sm_90a")), 1001)(
         tokens=tokens.data_ptr(), forks=listed.data_ptr(), count=number.data_ptr(), sms=2, stream=stream()
     )
     assert torch.equal(tokens, expected)

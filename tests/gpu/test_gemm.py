@@ -23,6 +23,7 @@ from nf.kernels.gemm import (
     configurations,
     sources,
 )
+from nf.kernels.load import KernelLoader
 from nf.kernels.registry import artifacts
 
 torch = pytest.importorskip("torch")
@@ -59,7 +60,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def kernels() -> GemmKernels:
-    return GemmKernels(artifacts(sources(), "sm_90a"))
+    return GemmKernels(KernelLoader(artifacts(sources(), "sm_90a")))
 
 
 def normal(*size: int, scale: float = 1.0) -> Any:

@@ -416,10 +416,10 @@ def test_opening_and_closing_leaves_nothing_behind() -> None:
     gc.collect()
     device = Device()
     free, files = device.memory()[0], open_files()
-    for _ in range(3):
+    for _ in range(20):
         use()
     gc.collect()
-    assert device.memory()[0] >= free - (32 << 20)
+    assert device.memory()[0] >= free - (16 << 20)  # less than a megabyte each: also what was loaded is unloaded
     assert open_files() == files
     assert not own_threads()
 

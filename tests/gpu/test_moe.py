@@ -9,6 +9,7 @@ import pytest
 
 from nf.errors import InputError
 from nf.kernels import gemm
+from nf.kernels.load import KernelLoader
 from nf.kernels.moe import TILE_ROWS, Moe, MoeShape, sources
 from nf.kernels.registry import artifacts
 
@@ -50,7 +51,7 @@ class Tokens:
     stop: int
 
     def __post_init__(self) -> None:
-        self.moe = Moe(artifacts(sources(), "sm_90a"), self.shape)
+        self.moe = Moe(KernelLoader(artifacts(sources(), "sm_90a")), self.shape)
         self.normed = normal(self.capacity, self.shape.hidden_size)
         self.num_tokens = int32(self.count)
         self.rows = range(self.start, max(self.start, min(self.stop, self.count)))
@@ -231,7 +232,7 @@ class Block:
             torch.full((size, columns), NAN, device="cuda").bfloat16() for columns in (width, inner, width)
         )
         needed = [config.source(epilogue, grouped=True) for epilogue in gemm.GROUPED_EPILOGUES]
-        kernels = gemm.GemmKernels(artifacts(needed, "sm_90a"))
+        kernels = gemm.GemmKernels(KernelLoader(artifacts(needed, "sm_90a")))
         choice = gemm.GemmChoice(config)
         self.up_product = kernels.product(
             2 * inner, width, size, sms=132, epilogue="swiglu", num_experts=experts, choice=choice

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from nf.errors import InputError
+from nf.kernels.load import KernelLoader
 from nf.kernels.norm import VARIANTS, RmsNorm, Variant, sources
 from nf.kernels.registry import artifacts
 
@@ -28,7 +29,7 @@ def expected(x: Any, weight: Any) -> Any:
 
 
 def check(variant: Variant, hidden_size: int, rows: int, count: int, start: int, stop: int, *, sms: int = 132) -> None:
-    kernel = RmsNorm(artifacts(sources(), "sm_90a"), hidden_size, EPS, variant)
+    kernel = RmsNorm(KernelLoader(artifacts(sources(), "sm_90a")), hidden_size, EPS, variant)
     hidden, delta, weight = normal(rows + 3, hidden_size, scale=2.0), normal(rows, hidden_size), normal(hidden_size)
     listed = torch.randint(0, rows + 3, (rows,), device="cuda", dtype=torch.int32)
     normed = torch.full((rows, hidden_size), NAN, device="cuda").bfloat16()
@@ -70,4 +71,4 @@ def test_more_rows_than_ctas(hidden_size: int) -> None:
 
 def test_a_size_without_a_kernel() -> None:
     with pytest.raises(InputError, match="hidden_size"):
-        RmsNorm(artifacts(sources(), "sm_90a"), 4100, EPS)
+        RmsNorm(KernelLoader(artifacts(sources(), "sm_90a")), 4100, EPS)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nf.errors import InputError
+from nf.kernels.load import KernelLoader
 from nf.kernels.prefill_attention import PrefillAttention, sources
 from nf.kernels.registry import artifacts
 
@@ -66,7 +67,7 @@ class Case:
 
     def attention(self) -> PrefillAttention:
         return PrefillAttention(
-            artifacts(sources(), "sm_90a"),
+            KernelLoader(artifacts(sources(), "sm_90a")),
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,

@@ -12,6 +12,7 @@ from nf.executors.cpu_sampling import sample
 from nf.executors.logit_edits import edit_logits
 from nf.executors.philox import noise_of_all
 from nf.kernels import sampling
+from nf.kernels.load import KernelLoader
 from nf.kernels.registry import artifacts
 from nf.scheduler.batch import SamplingBatch
 
@@ -96,7 +97,7 @@ class Launch:
         total, vocab_size = logits.shape
         self.capacity = total
         self.kernel = sampling.Sampler(
-            artifacts(sampling.sources(), "sm_90a"),
+            KernelLoader(artifacts(sampling.sources(), "sm_90a")),
             dtype,
             vocab_size=vocab_size,
             tokens_stride=tokens.shape[1],
@@ -336,7 +337,7 @@ def test_prompt_logprobs(dtype: str, count: int, start: int, stop: int) -> None:
     targets, wanted = rng.integers(0, 20001, 50).astype(np.int32), rng.choice([0, 1, 20], 50).astype(np.int32)
     wide, out = padded(logits, dtype), outputs(50)
     arrays = [device(array) for array in (np.array([count], np.int32), targets, wanted)]
-    sampling.PromptLogprobs(artifacts(sampling.sources(), "sm_90a"), dtype, vocab_size=20001)(
+    sampling.PromptLogprobs(KernelLoader(artifacts(sampling.sources(), "sm_90a")), dtype, vocab_size=20001)(
         logits=wide.data_ptr(), stride=wide.shape[1], count=arrays[0].data_ptr(), start=start, stop=stop,
         targets=arrays[1].data_ptr(), wanted=arrays[2].data_ptr(), sms=4,
         stream=torch.cuda.current_stream().cuda_stream,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nf.kernels import stream
+from nf.kernels.load import KernelLoader
 from nf.kernels.registry import artifacts
 
 torch = pytest.importorskip("torch")
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.gpu
 def test_copy(size: int, threads: int) -> None:
     source = torch.randint(0, 256, ((1 << 22) + 16,), device="cuda", dtype=torch.uint8)
     target = torch.zeros_like(source)
-    copy = stream.StreamCopy(artifacts([stream.COPY], "sm_90a")[0], threads=threads)
+    copy = stream.StreamCopy(KernelLoader(artifacts([stream.COPY], "sm_90a")), threads=threads)
     copy(source.data_ptr(), target.data_ptr(), size, stream=torch.cuda.current_stream().cuda_stream, pdl=True)
     done = size // 16 * 16
     assert torch.equal(target[:done], source[:done])
@@ -27,6 +28,6 @@ def test_copy(size: int, threads: int) -> None:
 @pytest.mark.parametrize("sms", [1, 132])
 def test_read_ends(warps: int, stages: int, sms: int) -> None:
     memory = torch.empty(1 << 24, device="cuda", dtype=torch.uint8)
-    read = stream.StreamRead(artifacts([stream.READ], "sm_90a")[0], warps=warps, stages=stages)
+    read = stream.StreamRead(KernelLoader(artifacts([stream.READ], "sm_90a")), warps=warps, stages=stages)
     read(memory.data_ptr(), memory.numel(), sms=sms, stream=torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()

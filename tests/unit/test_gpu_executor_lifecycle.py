@@ -62,6 +62,14 @@ class Card:
         self.held.append(name)
         return SimpleNamespace(free=self.owner(name), **attributes)
 
+    def loader(self, _artifacts: Any) -> Any:
+        loaded = ExitStack()
+        return SimpleNamespace(load=lambda: loaded.callback(self.made("kernels").free), free=loaded.close)
+
+    def kernels(self, loader: Any, *_: Any, **__: Any) -> Any:
+        loader.load()
+        return SimpleNamespace(page_copy=None)
+
     def event(self, *, timing: bool) -> Any:
         assert timing
         event = self.made("event", at=0)
@@ -110,7 +118,8 @@ class Card:
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card()
     doubles = {
-        "LayerKernels": lambda *_, **__: SimpleNamespace(page_copy=None),
+        "KernelLoader": card.loader,
+        "LayerKernels": card.kernels,
         "Layers": lambda *_: SimpleNamespace(begin=None, launch=None, finish=None),
         "Stream": lambda: card.made("stream", handle=7, synchronize=card.wait),
         "Event": card.event,
@@ -210,7 +219,7 @@ def test_closing_waits_frees_once_and_ends_submission(card: Card) -> None:
     runs.close()
     assert int(handle.result(timeout=0).token_ids[0]) == 5
     assert card.held == []
-    assert card.freed[-1] == "weights"  # after all that may read them
+    assert card.freed[-2:] == ["kernels", "weights"]  # after the graphs that have them and all that may read them
     runs.close()
     calls: list[Callable[[], Any]] = [
         lambda: runs.submit(step()),
@@ -224,7 +233,16 @@ def test_closing_waits_frees_once_and_ends_submission(card: Card) -> None:
 
 @pytest.mark.parametrize(
     ("fails_at", "fails_after"),
-    [("stream", 0), ("pages", 0), ("memory", 0), ("event", 0), ("event", 9), ("graph", 0), ("graph", 2)],
+    [
+        ("stream", 0),
+        ("pages", 0),
+        ("kernels", 0),
+        ("memory", 0),
+        ("event", 0),
+        ("event", 9),
+        ("graph", 0),
+        ("graph", 2),
+    ],
 )
 def test_a_failed_start_frees_what_it_had(card: Card, fails_at: str, fails_after: int) -> None:
     card.fails_at, card.fails_after = fails_at, fails_after

@@ -55,8 +55,8 @@ class Counted:
 
 def make(model: Model, plan: Any, sizes: Sizes, undo: ExitStack, num_host_pages: int = 3) -> Memory:
     config = model.config
-    artifact: Any = SimpleNamespace(source=sampling.sample_source("fp32"))
-    sampler = sampling.Sampler([artifact], "fp32", vocab_size=config.vocab_size, tokens_stride=8, sms=SMS)
+    loader: Any = SimpleNamespace(cuda=lambda *_, **__: None)
+    sampler = sampling.Sampler(loader, "fp32", vocab_size=config.vocab_size, tokens_stride=8, sms=SMS)
     kernels: Any = SimpleNamespace(sampler=sampler)
     pages: Any = SimpleNamespace(pointer=1 << 30, layer_bytes=1 << 20)
     weights: Any = None
@@ -74,7 +74,6 @@ def make(model: Model, plan: Any, sizes: Sizes, undo: ExitStack, num_host_pages:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, memory: type) -> None:
-    monkeypatch.setattr(sampling, "CudaKernel", lambda *_, **__: None)
     for module in MODULES:
         device_double.install(monkeypatch, module)
         if hasattr(module, "DeviceMemory"):

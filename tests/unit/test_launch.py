@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from nf.kernels import load
 from nf.kernels.compile import Artifact
-from nf.kernels.device import DeviceMemoryError
+from nf.kernels.device import CudaError, DeviceMemoryError
 from nf.kernels.source import KernelSource
 
 SOURCE = KernelSource(
@@ -39,11 +40,26 @@ class Config(ctypes.Structure):
     )
 
 
+class Status(int):
+    name = "CUDA_ERROR_NOT_FOUND"
+
+
 class Driver:
     def __init__(self) -> None:
         self.launches: list[dict[str, Any]] = []
+        self.loads = 0
+        self.loaded: list[int] = []  # libraries
         self.status = 0
         self.cuLaunchKernelEx = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_void_p,) * 4)(self._launch)
+
+    def load(self, *_: Any) -> Any:
+        self.loads += 1
+        self.loaded.append(self.loads)
+        return 0, self.loads
+
+    def unload(self, library: int) -> Any:
+        self.loaded.remove(library)
+        return (0,)
 
     def _launch(self, at: int, kernel: int, arguments_at: int, extra: int | None) -> int:
         assert (kernel, extra) == (KERNEL, None)
@@ -68,9 +84,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     double = Driver()
     bindings = ModuleType("cuda.bindings")
     bindings.driver = SimpleNamespace(  # type: ignore[attr-defined]
-        cuLibraryLoadFromFile=lambda *_: (0, object()),
+        cuLibraryLoadFromFile=double.load,
+        cuLibraryUnload=double.unload,
         cuMemGetInfo=lambda: (0, 1 << 29, 16 << 30),
-        cuLibraryGetKernel=lambda _library, entry: (0, KERNEL if entry == b"k" else 0),
+        cuLibraryGetKernel=lambda _library, entry: (0, KERNEL) if entry == b"k" else (Status(500), None),
     )
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr(load, "_driver", lambda: double)
@@ -110,3 +127,48 @@ def test_a_refused_launch_says_so(driver: Driver) -> None:
     driver.status = 2
     with pytest.raises(DeviceMemoryError, match=r"^k: launching it needs .*: 0\.50 of 16\.00 GiB are free$"):
         kernel(1, 2, 3, 4.0, 5, 6, grid=1, block=32, stream=0)
+
+
+def test_what_a_loader_has_loaded_is_unloaded_with_it(driver: Driver) -> None:
+    other = replace(SOURCE, name="other")
+    missing = replace(SOURCE, name="missing", entry="missing")
+    artifacts = [Artifact(source, Path(source.name), ()) for source in (SOURCE, other, missing)]
+    first, second = load.KernelLoader(artifacts), load.KernelLoader(artifacts)
+    for loader in (first, second):
+        assert loader.cuda("k", shared_bytes=64).shared_bytes == 64
+        assert loader.cuda("other").name == "other"
+    assert driver.loaded == [1, 2, 3, 4]
+    with pytest.raises(CudaError, match="CUDA_ERROR_NOT_FOUND"):
+        first.cuda("missing")
+    assert driver.loaded == [1, 2, 3, 4]
+    first.free()
+    first.free()
+    assert driver.loaded == [3, 4]
+    second.free()
+    assert driver.loaded == []
+
+
+def test_a_launcher_is_loaded_once_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has room for one kernel: a second loading would put another there, under those who launch the first."""
+    refusals, calls = [0, 209], []
+
+    class Library:
+        def __getitem__(self, name: str) -> Any:
+            def call(arguments: Any) -> None:
+                calls.append(name)
+                if name.endswith("load_to_device"):
+                    assert ctypes.c_int32.from_address(arguments[1]).value == 3
+                    ctypes.c_int32.from_address(arguments[2]).value = refusals.pop()
+
+            return call
+
+    monkeypatch.setattr(load, "_load_runtime", lambda: None)
+    monkeypatch.setattr(load, "_current_device", lambda: 3)
+    monkeypatch.setattr(load.ctypes, "CDLL", lambda _path: Library())
+    load._launcher.cache_clear()
+    with pytest.raises(load.LaunchError, match=r"^product: loading it failed with CUDA error 209$"):
+        load._launcher(Path("product.so"))
+    found = load._launcher(Path("product.so"))
+    assert load._launcher(Path("product.so")) is found
+    assert calls == ["_mlir_nf_kernel_cuda_init", "_mlir_nf_kernel_cuda_load_to_device"] * 2
+    load._launcher.cache_clear()
