@@ -1,17 +1,19 @@
-"""GraphPool: a few captured graphs that together serve every size of batch."""
+"""GraphPool: a few captured graphs that together serve every batch."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from nf.graphs.capture import Graph
 from nf.graphs.plan import PipelinePlan, sequential_plan
-from nf.models.operations import Operation
+from nf.models.operations import Operation, Rows
 
 SMALLEST = 16  # tokens
 BLOCK = 128  # tokens; the GEMMs' tiles have as many rows, or twice as many
 FINE, COARSE_BLOCKS = 2048, 4  # up to FINE tokens a graph for every block, beyond that for every fourth
+SHORT = 512  # tokens of a step that takes so little time that launches without rows matter
 
 
 def capacities(dense_batch_size: int) -> tuple[int, ...]:
@@ -26,24 +28,61 @@ def capacities(dense_batch_size: int) -> tuple[int, ...]:
     return (*sorted(size for size in sizes if size < dense_batch_size), dense_batch_size)
 
 
-def step_plans(plan: PipelinePlan, operations: Sequence[Operation]) -> tuple[PipelinePlan, ...]:
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What a graph is captured of.
+
+    Args:
+        plan: its dense batch size is the most tokens of a step.
+        operations: of one layer, those that the plan runs.
+    """
+
+    plan: PipelinePlan
+    operations: tuple[Operation, ...]
+
+    @property
+    def decode_only(self) -> bool:
+        """Whether a step with a prefill chunk must not use it."""
+        return all(operation.rows is not Rows.PREFILL for operation in self.operations)
+
+
+def step_plans(plan: PipelinePlan, operations: Sequence[Operation]) -> tuple[StepPlan, ...]:
     """The plans to capture graphs of, smallest first: ``plan`` itself for the largest batches, the sequential one for
     smaller ones, whose nano-batches would be too small to be worth it.
+
+    In a short step it matters that an operation without rows is launched and keeps the next one from starting early, so
+    small steps that only decode have graphs of their own, without what only prefill chunks need.
 
     Args:
         operations: of one layer of the model.
     """
+    every = tuple(operations)
+    decode = tuple(operation for operation in every if operation.rows is not Rows.PREFILL)
     *smaller, _ = capacities(plan.dense_batch_size)
-    return (*(sequential_plan(operations, size) for size in smaller), plan)
+    found = []
+    for size in smaller:
+        kinds = (decode, every) if size <= SHORT else (every,)
+        found += [StepPlan(sequential_plan(kind, size), kind) for kind in kinds]
+    return (*found, StepPlan(plan, every))
 
 
 class GraphPool:
-    """Graphs by the number of tokens they serve at most; who made them frees them."""
+    """Graphs by the steps they serve; who made them frees them.
 
-    def __init__(self, graphs: Mapping[int, Graph]) -> None:
-        self._capacities = sorted(graphs)
-        self._graphs = dict(graphs)
+    Args:
+        graphs: of each of ``step_plans``.
+    """
 
-    def for_tokens(self, tokens: int) -> Graph:
-        """The smallest graph that serves a batch of ``tokens``, which must be at most the dense batch size."""
-        return self._graphs[self._capacities[bisect_left(self._capacities, tokens)]]
+    def __init__(self, graphs: Sequence[tuple[StepPlan, Graph]]) -> None:
+        general = {step.plan.dense_batch_size: (step, graph) for step, graph in graphs if not step.decode_only}
+        decoding = general | {step.plan.dense_batch_size: (step, graph) for step, graph in graphs if step.decode_only}
+        self._by_kind = {False: sorted(general.items()), True: sorted(decoding.items())}
+
+    def find(self, tokens: int, decode_only: bool) -> tuple[StepPlan, Graph]:
+        """What serves a batch of so many tokens, at most the dense batch size, with the least to spare.
+
+        Args:
+            decode_only: no token belongs to a prefill chunk.
+        """
+        entries = self._by_kind[decode_only]
+        return entries[bisect_left(entries, tokens, key=lambda entry: entry[0])][1]

@@ -1,8 +1,8 @@
 """GpuExecutor: a plan's nano-operations as CUDA graphs. One upload, one replay and one download per step.
 
-Graphs are captured at the start, a few for all sizes of batch: the plan's own for full ones, the sequential plan for
-smaller ones, whose nano-batches would be too small to be worth it. Steps run in the order they are submitted, on one
-stream; a thread waits for their results, so that the next step is enqueued long before one ends.
+Graphs are captured at the start, a few for all sizes of batch (nf.graphs.pool): the plan's own for full ones, the
+sequential plan for smaller ones. Steps run in the order they are submitted, on one stream; a thread waits for their
+results, so that the next step is enqueued long before one ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nf.executors.trace import Span
 from nf.graphs.capture import capture
 from nf.graphs.partition import Lane, lanes
 from nf.graphs.plan import PipelinePlan, unroll, validate
-from nf.graphs.pool import GraphPool, step_plans
+from nf.graphs.pool import GraphPool, StepPlan, step_plans
 from nf.kernels.compile import Artifact
 from nf.kernels.device import CudaError, Device, Event, Stream
 from nf.kernels.load import KernelLoader
@@ -121,9 +121,9 @@ class GpuExecutor:
             undo.callback(self._loader.free)
             _check_model(model)
             validate(plan, model.operations, gpu_sms=device.sms)
-            self._plans = step_plans(plan, model.operations)
-            self._allocate(weights, undo)
-            self._capture(undo)
+            plans = step_plans(plan, model.operations)
+            self._allocate(weights, [step.plan for step in plans], undo)
+            self._capture(plans, undo)
             self._undo = undo.pop_all()
         self._running: queue.SimpleQueue[_Running | None] = queue.SimpleQueue()
         self._in_flight = threading.Semaphore(MAX_IN_FLIGHT)
@@ -183,12 +183,12 @@ class GpuExecutor:
         """
         self._check_open()
         self._device.use()
-        plan = next(plan for plan in self._plans if plan.dense_batch_size >= batch.num_tokens)
+        step, _ = self._pool.find(batch.num_tokens, batch.decode_only)
         self._memory.inputs.upload(batch, self._stream.handle)
         return capture_traced(
-            Layers(self._model, plan, self._kernels, self._memory, self._sizes, self._device.sms),
-            unroll(plan, self._model.operations, self._config.num_layers),
-            self._lanes(plan),
+            Layers(self._model, step.plan, self._kernels, self._memory, self._sizes, self._device.sms),
+            unroll(step.plan, step.operations, self._config.num_layers),
+            self._lanes(step.plan),
             self._stream,
         )
 
@@ -224,7 +224,7 @@ class GpuExecutor:
 
     # ---- start ----
 
-    def _allocate(self, weights: DeviceWeights, undo: ExitStack) -> None:
+    def _allocate(self, weights: DeviceWeights, plans: Sequence[PipelinePlan], undo: ExitStack) -> None:
         config, sizes, sms = self._config, self._sizes, self._device.sms
         started = time.perf_counter()
         self._stream = Stream()
@@ -240,7 +240,7 @@ class GpuExecutor:
         self._kernels = LayerKernels(self._loader, self._model, sizes, page_bytes=self._pages.page_bytes, sms=sms)
         self._memory = step_memory(
             config,
-            self._plans,
+            plans,
             sizes,
             self._kernels,
             weights,
@@ -260,15 +260,15 @@ class GpuExecutor:
         self._submitted = 0
         self.startup["executor"] = time.perf_counter() - started
 
-    def _capture(self, undo: ExitStack) -> None:
+    def _capture(self, plans: Sequence[StepPlan], undo: ExitStack) -> None:
         started = time.perf_counter()
         stream = self._stream.handle
-        graphs = {}
-        for plan in self._plans:
-            self._layers = Layers(self._model, plan, self._kernels, self._memory, self._sizes, self._device.sms)
+        graphs = []
+        for step in plans:
+            self._layers = Layers(self._model, step.plan, self._kernels, self._memory, self._sizes, self._device.sms)
             graph = capture(
-                unroll(plan, self._model.operations, self._config.num_layers),
-                self._lanes(plan),
+                unroll(step.plan, step.operations, self._config.num_layers),
+                self._lanes(step.plan),
                 stream,
                 begin=self._layers.begin,
                 launch=self._layers.launch,
@@ -276,7 +276,7 @@ class GpuExecutor:
             )
             undo.callback(graph.free)
             graph.upload(stream)
-            graphs[plan.dense_batch_size] = graph
+            graphs.append((step, graph))
         self._pool = GraphPool(graphs)
         self._stream.synchronize()
         undo.callback(self._stream.synchronize)  # first: part of a step that could not be enqueued whole may run yet
@@ -297,7 +297,8 @@ class GpuExecutor:
         start.record(stream)
         self._pages.move(batch, self._kernels.page_copy, self._memory.inputs.pointers, self._device.sms, stream)
         if batch.num_tokens:
-            self._pool.for_tokens(batch.num_tokens).launch(stream)
+            _, graph = self._pool.find(batch.num_tokens, batch.decode_only)
+            graph.launch(stream)
         self._prompt_logprobs(len(batch.prompt_logprobs.rows), stream)
         end.record(stream)
         return self._memory.outputs.download(batch, stream)

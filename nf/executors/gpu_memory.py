@@ -84,7 +84,8 @@ def workspace_bytes(
 ) -> int:
     """Device memory that an executor takes beside weights and KV pages, a little more rather than less."""
     sizes = Sizes(plan.dense_batch_size, max_num_seqs, max_model_len, page_size)
-    buffers = buffer_layout(model.config, sizes, step_plans(plan, model.operations), sms).num_bytes
+    plans = [step.plan for step in step_plans(plan, model.operations)]
+    buffers = buffer_layout(model.config, sizes, plans, sms).num_bytes
     edited_rows = 2 * sms * model.config.vocab_size * 4  # of sampling
     pages = max_num_seqs * -(-max_model_len // page_size)
     inputs = 4 * pages + max_num_seqs * (64 << 10)

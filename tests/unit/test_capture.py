@@ -16,8 +16,9 @@ from plan_cases import LLAMA, MIXTRAL, must_precede
 from nf.graphs import capture as module
 from nf.graphs.partition import Lane
 from nf.graphs.plan import LayerStep, PipelinePlan, load_plan, unroll
-from nf.graphs.pool import GraphPool, capacities
+from nf.graphs.pool import GraphPool, capacities, step_plans
 from nf.kernels.device import DeviceMemoryError
+from nf.models.operations import Operation
 
 ORIGIN = 1
 
@@ -190,16 +191,27 @@ def test_every_batch_has_a_graph_of_at_most_twice_its_size(size: int) -> None:
     sizes = capacities(size)
     assert sizes[-1] == size
     assert list(sizes) == sorted(set(sizes))
-    pool = GraphPool({capacity: _Named(capacity) for capacity in sizes})  # type: ignore[misc]
-    for tokens in range(1, size + 1):
-        chosen = pool.for_tokens(tokens).capacity  # type: ignore[attr-defined]
-        assert tokens <= chosen
-        assert chosen <= max(16, 2 * tokens)
-        if 128 < tokens <= 2048:
-            assert chosen - tokens < 128
     assert len(sizes) <= 30
+    plan = load_plan("sequential", LLAMA, size)
+    pool = GraphPool([(step, step) for step in step_plans(plan, LLAMA)])  # type: ignore[misc]
+    for tokens in range(1, size + 1):
+        for decode_only in (False, True):
+            step, graph = pool.find(tokens, decode_only)
+            chosen = step.plan.dense_batch_size
+            assert graph is step  # type: ignore[comparison-overlap]
+            assert tokens <= chosen <= max(16, 2 * tokens)
+            if 128 < tokens <= 2048:
+                assert chosen - tokens < 128
+            assert step.decode_only == (decode_only and chosen <= 512 and chosen < size)
 
 
-class _Named:
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+@pytest.mark.parametrize("operations", [LLAMA, MIXTRAL], ids=["llama", "mixtral"])
+def test_steps_that_only_decode_run_all_operations_but_those_of_prefill_chunks(operations: Sequence[Operation]) -> None:
+    plans = step_plans(load_plan("nano-batch", operations, 1024), operations)
+    names = {operation.name for operation in operations}
+    for step in plans:
+        unrolled = unroll(step.plan, step.operations, 2)
+        left_out = {"prefill_attention"} if step.decode_only else set()
+        assert {one.operation.name for one in unrolled} == names - left_out
+        assert all(one.stop - one.start <= step.plan.dense_batch_size for one in unrolled)
+    assert plans[-1].plan.name == "nano-batch"

@@ -26,9 +26,10 @@ from nf.models.registry import declare
 MODEL = declare(ModelConfig("LlamaForCausalLM", 64, 64, 128, 2, 4, 2, 64, 1e-5, 64))
 
 
-def step(num_tokens: int = 0) -> Any:
+def step(num_tokens: int = 0, decode_only: bool = False) -> Any:
     """As much of a Batch as the executor itself looks at."""
-    return SimpleNamespace(num_tokens=num_tokens, prompt_logprobs=SimpleNamespace(rows=[]))
+    prompts = SimpleNamespace(rows=[])
+    return SimpleNamespace(num_tokens=num_tokens, decode_only=decode_only, prompt_logprobs=prompts)
 
 
 class Card:
@@ -37,8 +38,8 @@ class Card:
     def __init__(self) -> None:
         self.clock = 0
         self.held: list[str] = ["weights"]  # what nobody has freed
-        self.captured: list[int] = []  # capacities
-        self.launched: list[int] = []
+        self.captured: list[tuple[int, bool]] = []  # capacity, whether prefill chunks are attended
+        self.launched: list[tuple[int, bool]] = []
         self.freed: list[str] = []
         self.results: list[Future[Any]] = []
         self.refuses_to_free = False
@@ -104,12 +105,12 @@ class Card:
         )
 
     def capture(self, steps: Any, _lanes: Any, origin: int, **__: Any) -> Any:
-        capacity = steps[0].stop
-        self.captured.append(capacity)
+        serves = steps[0].stop, "prefill_attention" in {step.operation.name for step in steps}
+        self.captured.append(serves)
 
         def launch(stream: int) -> None:
             assert stream == origin
-            self.launched.append(capacity)
+            self.launched.append(serves)
 
         return self.made("graph", launch=launch, upload=lambda _: None)
 
@@ -286,11 +287,13 @@ def test_no_more_steps_are_in_flight_than_there_are_events_to_time_them(card: Ca
     assert (runs.times.busy, runs.times.idle) == (MAX_IN_FLIGHT + 1.0, float(MAX_IN_FLIGHT))
 
 
-def test_a_step_replays_the_graph_of_its_size_and_an_empty_one_none(card: Card) -> None:
+def test_a_step_replays_the_graph_of_its_size_and_kind_and_an_empty_one_none(card: Card) -> None:
     runs = executor(card, dense_batch_size=40)
-    assert len(card.captured) == 3
-    for index, tokens in enumerate((0, 1, 16, 17, 32, 33, 40)):
-        runs.submit(step(tokens))
+    assert card.captured == [(16, False), (16, True), (32, False), (32, True), (40, True)]
+    steps = [step(tokens, decode_only) for decode_only in (False, True) for tokens in (0, 1, 16, 17, 32, 33, 40)]
+    for index, one in enumerate(steps):
+        runs.submit(one)
         card.results[index].set_result(result(0))
     runs.close()
-    assert card.launched == [16, 16, 32, 32, 40, 40]
+    with_prompts = [(16, True)] * 2 + [(32, True)] * 2 + [(40, True)] * 2
+    assert card.launched == with_prompts + [(16, False)] * 2 + [(32, False)] * 2 + [(40, True)] * 2

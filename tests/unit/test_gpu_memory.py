@@ -62,7 +62,7 @@ def make(model: Model, plan: Any, sizes: Sizes, undo: ExitStack, num_host_pages:
     weights: Any = None
     return step_memory(
         config,
-        step_plans(plan, model.operations),
+        [step.plan for step in step_plans(plan, model.operations)],
         sizes,
         kernels,
         weights,
