@@ -20,6 +20,7 @@ from nf.scheduler.batch import Batch, PromptLogprobsBatch, SamplingBatch
 
 IN_FLIGHT = 2  # steps enqueued ahead, as the engine does
 TOKEN_IDS = 256
+MIN_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,24 +115,25 @@ def measure_step(
     executor: Executor, batch: Batch, *, warm: float = WARM_SECONDS, run: float = RUN_SECONDS, device: int = 0
 ) -> Measurement:
     """Mean time and energy of a step, with as many steps enqueued ahead as the engine enqueues."""
-    once = _replay(executor, batch, 2) / 2
-    _replay(executor, batch, max(1, round(warm / once)))
-    count = max(4, round(run / once))
+    _replay(executor, batch, warm)  # by the clock: the first step takes longer than any other
     with PowerMeter(device) as meter:
-        seconds = _replay(executor, batch, count) / count
+        seconds = _replay(executor, batch, run)
     return Measurement(seconds, seconds * meter.watts)
 
 
-def _replay(executor: Executor, batch: Batch, count: int) -> float:
+def _replay(executor: Executor, batch: Batch, at_least: float) -> float:
+    """Seconds per step, of so many steps as take ``at_least`` seconds together, four at least."""
     started = time.perf_counter()
     handles: deque[StepHandle] = deque()
-    for _ in range(count):
+    count = 0
+    while count < MIN_STEPS or time.perf_counter() - started < at_least:
         handles.append(executor.submit(batch))
+        count += 1
         if len(handles) > IN_FLIGHT:
             handles.popleft().result()
     for handle in handles:
         handle.result()
-    return time.perf_counter() - started
+    return (time.perf_counter() - started) / count
 
 
 def _greedy(rows: np.ndarray, positions: np.ndarray) -> SamplingBatch:
