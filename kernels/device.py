@@ -255,6 +255,17 @@ class Event:
 
         checked(driver.cuEventSynchronize(self.handle))
 
+    @property
+    def reached(self) -> bool:
+        """Whether the stream has come to it; does not wait."""
+        from cuda.bindings import driver
+
+        (status,) = driver.cuEventQuery(self.handle)
+        if status == driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        checked((status,))
+        return True
+
     def block(self, stream: int) -> None:
         """Let what is enqueued on ``stream`` from now on wait for it."""
         from cuda.bindings import driver

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
@@ -39,7 +40,12 @@ class PowerMeter:
     def watts(self) -> float:
         """NaN without GPUs, where the driver does not tell, or if the block saw fewer than two steps, which takes up
         to 0.3 s."""
-        return sum(map(_watts, self._steps.values())) if self._steps else float("nan")
+        return self.between(-math.inf, math.inf)
+
+    def between(self, start: float, end: float) -> float:
+        """``watts`` by the steps between two moments of ``time.perf_counter``."""
+        inside = ([step for step in steps if start <= step[0] <= end] for steps in self._steps.values())
+        return sum(map(_watts, inside)) if self._steps else math.nan
 
     def _watch(self) -> None:
         last = {gpu: energy(gpu) for gpu in self._steps}
@@ -53,6 +59,6 @@ class PowerMeter:
 
 def _watts(steps: list[tuple[float, float]]) -> float:
     if len(steps) < 2:
-        return float("nan")
+        return math.nan
     (start, before), (end, after) = steps[0], steps[-1]
     return (after - before) / (end - start)

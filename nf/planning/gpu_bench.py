@@ -8,10 +8,12 @@ which keeps the clocks where the power cap puts them.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from nf.bench.card import driver_version, power_cap
 from nf.bench.power import PowerMeter
@@ -41,9 +43,12 @@ from nf.scheduler.batch import Batch
 
 LAYERS = 8  # their weights and pages are several times the L2 cache
 PAGE_SIZE = 16
-WARM_SECONDS, RUN_SECONDS = 0.1, 0.35  # the energy counter moves every 0.1 s
+WARM_SECONDS, RUN_SECONDS = 0.15, 0.4  # the energy counter moves every 0.1 s
 GRAPH_SECONDS = 4e-3  # of one replay, so that the host's launches do not count
 MAX_CALLS = 320  # in a graph
+AHEAD_SECONDS = 12e-3  # of replays that are enqueued and not done, so that the GPU never waits for the host
+POLL_SECONDS = 1e-4  # between looks at what is done
+PROBES = 4  # replays that tell how long one takes
 KV_BYTES = 48 << 30  # at most; sequences take pages in turn
 PROMPT = 1024  # tokens, where the length of prompts does not matter
 RANDOM_BUFFERS = ("hidden", "normed", "qkv", "attn", "activated", "permuted", "expert_down")
@@ -60,11 +65,18 @@ def profile_key(device: cuda.Device) -> ProfileKey:
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """Nano-operations of one stream, captured: ``calls`` of them per replay of ``graph`` on ``origin``."""
+    """Nano-operations of one stream, captured: ``calls`` of them per replay of ``graph`` on ``origin``, which takes
+    about ``seconds`` with nothing beside it."""
 
     graph: Graph
     calls: int
     origin: cuda.Stream
+    seconds: float
+
+    @property
+    def depth(self) -> int:
+        """Replays to be enqueued and not done."""
+        return max(2, math.ceil(AHEAD_SECONDS / self.seconds))
 
 
 class GpuBench:
@@ -99,8 +111,7 @@ class GpuBench:
         operation, rows, sms, context = key
         tokens, batch = self._batch(operation, rows, context)
         self._load(batch)
-        (lane,) = self._lanes_of(sms)
-        side = self._side(operation, tokens, sms, lane, self._streams[0])
+        side = self._side(operation, tokens, sms, self._lane_of(sms), self._streams[0])
         (seconds,), watts = self._steady([side])
         return Cost(seconds, seconds * watts)
 
@@ -110,10 +121,12 @@ class GpuBench:
         self._load(self._step(decodes, [1] * decodes + new, [context] * decodes + lens))
         # The kernels of the memory-bound stream are more urgent, as in plans.
         places = self._lanes_of(first[2], second[2])
-        sides = [
-            self._side(key[0], key[1], key[2], lane, stream)
-            for key, lane, stream in zip((first, second), places, self._streams, strict=True)
-        ]
+        sides = []
+        with ExitStack() as undo:
+            for key, lane, stream in zip((first, second), places, self._streams, strict=True):
+                sides.append(self._side(key[0], key[1], key[2], lane, stream))
+                undo.callback(sides[-1].graph.free)
+            undo.pop_all()
         seconds, watts = self._steady(sides)
         return CoRun(Side(*first, seconds[0]), Side(*second, seconds[1]), watts)
 
@@ -183,6 +196,14 @@ class GpuBench:
         self._memory.inputs.upload(batch, stream.handle)
         stream.synchronize()
 
+    def _lane_of(self, sms: Sms) -> Lane:
+        """A stream on one of the two partitions that a pair has, as making partitions takes time."""
+        if sms == "all":
+            return self._lanes_of("all")[0]
+        left = self._device.sms - sms
+        larger, smaller = self._lanes_of(max(sms, left), min(sms, left))
+        return larger if larger.sms == sms else smaller
+
     def _lanes_of(self, *sms: Sms) -> Sequence[Lane]:
         """Streams on disjoint partitions; a second one is more urgent."""
         if sms not in self._lanes:
@@ -194,20 +215,26 @@ class GpuBench:
     def _side(self, name: str, tokens: int, sms: Sms, lane: Lane, origin: cuda.Stream) -> _Side:
         """Capture as many calls of an operation as fill a graph; the step is on the device."""
         layers = self._layers_for(tokens, sms)
-        layers.begin(origin.handle)
         if name == LM_HEAD:
-            return self._repeated([], layers, lane, origin, finish=True)
+            return self._whole_ends(layers, origin)
+        layers.begin(origin.handle)
         ordered = [LayerStep(o, i, 0, tokens, 0, ()) for i in range(LAYERS) for o in self.model.operations]
         steps = [replace(step, layer=step.layer % self._config.num_layers) for step in ordered]
-        if self._config.num_experts:  # the rows of each expert follow from what came before
+        # The rows of each expert follow from what came before. Attention has none, and must leave those of a GEMM
+        # that it runs beside alone.
+        if self._config.num_experts and self._operations[name].rows is Rows.ALL:
             for step in steps[: len(self._operations)]:
                 layers.launch(step, Lane("origin", origin.handle, self._device.sms), False)
         origin.synchronize()
         return self._repeated([s for s in steps if s.operation.name == name], layers, lane, origin)
 
-    def _repeated(
-        self, steps: list[LayerStep], layers: Layers, lane: Lane, origin: cuda.Stream, *, finish: bool = False
-    ) -> _Side:
+    def _whole_ends(self, layers: Layers, origin: cuda.Stream) -> _Side:
+        """What comes before and after the layers, once per replay, captured as a step has it."""
+        lane = Lane("origin", origin.handle, self._device.sms)
+        graph = capture((), (lane,), origin.handle, begin=layers.begin, launch=layers.launch, finish=layers.finish)
+        return self._probed(graph, 1, origin)
+
+    def _repeated(self, steps: list[LayerStep], layers: Layers, lane: Lane, origin: cuda.Stream) -> _Side:
         """``steps`` once tell how often they fit into a graph."""
 
         def captured(times: int) -> Graph:
@@ -217,15 +244,15 @@ class GpuBench:
                 origin.handle,
                 begin=lambda _: None,
                 launch=layers.launch,
-                finish=layers.finish if finish else lambda _: None,
+                finish=lambda _: None,
             )
 
-        calls = len(steps) or 1
-        trial = _Side(captured(1), calls, origin)
-        once = self._alone(trial)
+        trial = self._probed(captured(1), len(steps), origin)
+        times = min(MAX_CALLS // len(steps), round(GRAPH_SECONDS / trial.seconds))
+        if times <= 1:
+            return trial
         trial.graph.free()
-        times = 1 if finish else max(1, min(MAX_CALLS // calls, round(GRAPH_SECONDS / once)))
-        return _Side(captured(times), calls * times, origin)
+        return _Side(captured(times), len(steps) * times, origin, trial.seconds * times)
 
     def _layers_for(self, tokens: int, sms: Sms) -> Layers:
         key = tokens, sms
@@ -239,60 +266,72 @@ class GpuBench:
 
     def _steady(self, sides: list[_Side]) -> tuple[list[float], float]:
         """Seconds per call of each side while all of them run, and the card's power meanwhile; frees the graphs."""
-        total = WARM_SECONDS + self._run_seconds
-        counts = [max(3, round(total / self._alone(side))) for side in sides]
-        with ExitStack() as events:
-            began = time.perf_counter()
-            start, ends = self._enqueue(sides, counts, events)
-            _sleep_until(began + WARM_SECONDS)
-            with PowerMeter(0) as meter:
-                _sleep_until(began + total)
+        with ExitStack() as undo:
             for side in sides:
-                side.origin.synchronize()
+                undo.callback(side.graph.free)
+            for side in sides:  # before the graphs are freed, whatever happens
+                undo.callback(side.origin.synchronize)
+            with PowerMeter(0) as meter:
+                began = time.perf_counter()
+                start, ends = _replay(sides, began + WARM_SECONDS + self._run_seconds, undo)
+                for side in sides:
+                    side.origin.synchronize()
             ended = [[end.since(start) for end in own] for own in ends]
-        for side in sides:
-            side.graph.free()
         stop = min(times[-1] for times in ended)
         seconds = []
         for side, times in zip(sides, ended, strict=True):
             inside = [t for t in times if WARM_SECONDS <= t <= stop]
             inside = inside if len(inside) > 1 else times[:2]
             seconds.append((inside[-1] - inside[0]) / ((len(inside) - 1) * side.calls))
-        return seconds, meter.watts
+        return seconds, meter.between(began + WARM_SECONDS, began + stop)
 
-    def _alone(self, side: _Side) -> float:
-        """Seconds of a replay with nothing beside it, roughly."""
-        with ExitStack() as events:
-            start, (ends,) = self._enqueue([side], [3], events)
-            side.origin.synchronize()
-            return (ends[-1].since(start) - ends[0].since(start)) / 2
-
-    def _enqueue(
-        self, sides: list[_Side], counts: list[int], events: ExitStack
-    ) -> tuple[cuda.Event, list[list[cuda.Event]]]:
-        """So many replays of each side, begun together: an event before, and one after each of them."""
-
-        def event(stream: cuda.Stream) -> cuda.Event:
-            made = cuda.Event(timing=True)
-            events.callback(made.free)
-            made.record(stream.handle)
-            return made
-
-        start = event(sides[0].origin)
-        for side in sides[1:]:
-            start.block(side.origin.handle)
-        ends: list[list[cuda.Event]] = [[] for _ in sides]
-        left = list(counts)
-        while any(left):  # the side that has most to come next, so that none waits for the host
-            index = max(range(len(sides)), key=lambda i: left[i] / counts[i])
-            sides[index].graph.launch(sides[index].origin.handle)
-            ends[index].append(event(sides[index].origin))
-            left[index] -= 1
-        return start, ends
+    def _probed(self, graph: Graph, calls: int, origin: cuda.Stream) -> _Side:
+        """A side whose replays were tried: the shortest of a few, as the first ones load what they need and the host
+        may be late with others."""
+        with ExitStack() as undo:
+            undo.callback(graph.free)
+            with ExitStack() as events:
+                marks = []
+                for _ in range(PROBES):
+                    graph.launch(origin.handle)
+                    marks.append(_event(origin, events))
+                origin.synchronize()
+                shortest = min(end.since(start) for start, end in pairwise(marks))
+            undo.pop_all()
+        return _Side(graph, calls, origin, max(shortest, 1e-6))
 
 
-def _sleep_until(moment: float) -> None:
-    time.sleep(max(0.0, moment - time.perf_counter()))
+def _replay(sides: list[_Side], until: float, undo: ExitStack) -> tuple[cuda.Event, list[list[cuda.Event]]]:
+    """Replay each side again and again, begun together, up to a moment of the host's clock and three times at least.
+
+    Both have enough enqueued at all times and no more, so that they end together however they slow each other down,
+    and the host never waits for a full queue.
+
+    Returns:
+        An event before, and one after each replay of each side; ``undo`` frees them.
+    """
+    start = _event(sides[0].origin, undo)
+    for side in sides[1:]:
+        start.block(side.origin.handle)
+    ends: list[list[cuda.Event]] = [[] for _ in sides]
+    while time.perf_counter() < until or any(len(own) < 3 for own in ends):
+        waits = True
+        for side, own in zip(sides, ends, strict=True):
+            if len(own) < side.depth or own[-side.depth].reached:
+                side.graph.launch(side.origin.handle)
+                own.append(_event(side.origin, undo))
+                waits = False
+        if waits:
+            time.sleep(POLL_SECONDS)
+    return start, ends
+
+
+def _event(stream: cuda.Stream, undo: ExitStack) -> cuda.Event:
+    """The point that ``stream`` has come to."""
+    made = cuda.Event(timing=True)
+    undo.callback(made.free)
+    made.record(stream.handle)
+    return made
 
 
 def _idle_watts() -> float:

@@ -33,6 +33,7 @@ class GpuStepBench:
 
     def __init__(self, model: Model, device: Device, *, run: float = RUN_SECONDS) -> None:
         self._model, self._device, self._run_seconds = model, device, run
+        self._artifacts = artifacts(all_sources(), device.arch)
 
     def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
         with self._executor(plan, loads) as executor:
@@ -73,7 +74,7 @@ class GpuStepBench:
                 weights,
                 plan,
                 device=self._device,
-                artifacts=artifacts(all_sources(), self._device.arch),
+                artifacts=self._artifacts,
                 num_pages=num_pages,
                 num_host_pages=0,
                 **sizes,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nf.kernels import device
-from nf.kernels.device import CudaError, DeviceMemory, DeviceMemoryError, PinnedMemory, checked
+from nf.kernels.device import CudaError, DeviceMemory, DeviceMemoryError, Event, PinnedMemory, checked
 
 GIB = 1 << 30
 
@@ -19,6 +19,7 @@ GIB = 1 << 30
 class Result(IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NOT_READY = 600
     CUDA_ERROR_NOT_SUPPORTED = 801
 
 
@@ -31,7 +32,10 @@ class Driver:
         self.answers: dict[str, Any] = {
             "cuMemAlloc": (Result.CUDA_SUCCESS, 4096),
             "cuMemGetInfo": (Result.CUDA_SUCCESS, 3 * GIB // 2, 16 * GIB),
+            "cuEventCreate": (Result.CUDA_SUCCESS, 7),
         }
+        self.CUresult = Result
+        self.CUevent_flags = SimpleNamespace(CU_EVENT_DEFAULT=0)
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> Any:
@@ -110,3 +114,13 @@ def test_ram_that_cannot_be_locked_or_had(driver: Driver, monkeypatch: pytest.Mo
     monkeypatch.setattr(device, "mmap", SimpleNamespace(mmap=refuse, PAGESIZE=4096))
     with pytest.raises(CudaError, match=r"^4\.00 GiB of RAM cannot be had: Cannot allocate memory$"):
         PinnedMemory(4 * GIB)
+
+
+def test_whether_an_event_was_reached(driver: Driver) -> None:
+    event = Event(timing=True)
+    assert event.reached
+    driver.answers["cuEventQuery"] = (Result.CUDA_ERROR_NOT_READY,)
+    assert not event.reached
+    driver.answers["cuEventQuery"] = (Result.CUDA_ERROR_NOT_SUPPORTED,)
+    with pytest.raises(CudaError, match="NOT_SUPPORTED"):
+        assert event.reached

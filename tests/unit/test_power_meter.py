@@ -26,6 +26,8 @@ def test_power_between_steps(monkeypatch: pytest.MonkeyPatch, offset: float) -> 
         while now[0] < 0.4:
             time.sleep(0.005)
     assert meter.watts == pytest.approx(watts, rel=0.03)
+    assert meter.between(0.15, 0.35) == pytest.approx(watts, rel=0.06)
+    assert math.isnan(meter.between(0.1, 0.12))
 
 
 @pytest.mark.parametrize("joules", [math.nan, 7.0])
