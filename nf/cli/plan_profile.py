@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from nf.models.declaration import Model
     from nf.planning.profile import Profile
     from nf.planning.profiling import Filled
+
+LINE_SECONDS = 5.0  # between lines of progress
 
 DESCRIPTION = """\
 Measure what every nano-operation of a model takes on this machine's GPU: time and energy alone,
@@ -35,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a directory, a hub name, or a shape such as llama-3-8b")
     parser.add_argument("--dense-batch-size", type=int, default=2048, metavar="N", help="largest step (default 2048)")
     parser.add_argument("--quick", action="store_true", help="four batch sizes and four partitions, at most 3 minutes")
+    parser.add_argument("--seconds", type=float, metavar="S", help="measure for so long at most; the rest is left")
     parser.add_argument("--plot", metavar="FILE", help="draw what runs beside a GEMM keeps of its speed (SVG)")
     parser.add_argument("--profile", metavar="FILE", help="take this profile and measure nothing")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
@@ -42,11 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from nf.cli.estimate import model_config
+    from nf.errors import InputError
     from nf.graphs.plan_store import shape_name
     from nf.models.registry import declare
     from nf.planning.profile_file import read_profile
 
     check_picture(args.plot)
+    if args.seconds is not None and not args.seconds >= 0:
+        raise InputError("--seconds", f"must be at least 0, got {args.seconds:g}")
     model = declare(model_config(args.model))
     if args.profile is not None:
         profile = read_profile(Path(args.profile), shape_name(model.config))
@@ -54,10 +61,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         device = the_gpu(model)
         profile, filled, path = measured_profile(
-            model, device, args.dense_batch_size, quick=args.quick, quiet=args.quiet
+            model, device, args.dense_batch_size, quick=args.quick, quiet=args.quiet, seconds=args.seconds
         )
-        left = f", {filled.left} left: run it again to go on" if filled.left else ""
-        print(f"{filled.measured} points measured, {filled.known} known before{left}")
+        failed = f", {filled.failed} could not be" if filled.failed else ""
+        left = f"; {filled.left} left: run it again to go on" if filled.left else ""
+        print(f"{filled.measured} points measured{failed}, {filled.known} known before{left}")
         print(path)
     if args.plot is not None:
         from nf.planning.curve_picture import curve_picture, curves_of
@@ -89,9 +97,9 @@ def profile_folder() -> Path:
 
 
 def measured_profile(
-    model: Model, device: Device, dense_batch_size: int, *, quick: bool, quiet: bool
+    model: Model, device: Device, dense_batch_size: int, *, quick: bool, quiet: bool, seconds: float | None = None
 ) -> tuple[Profile, Filled, Path]:
-    """The profile of ``model`` on ``device``, with what is missing measured now."""
+    """The profile of ``model`` on ``device``, with what is missing measured now, for ``seconds`` at most."""
     from nf.graphs.plan_store import shape_name
     from nf.planning.gpu_bench import GpuBench, profile_key
     from nf.planning.profile import Profile
@@ -113,22 +121,37 @@ def measured_profile(
     path = folder / key.file_name
     if not missing.count:
         return profile, Filled(0, missing.known, 0), path
+    most = QUICK_SECONDS if quick else FULL_SECONDS
     bench = GpuBench(model.config, extent, device)
     try:
         profile.idle_watts, profile.cap_watts = _known(bench.idle_watts), _known(bench.cap_watts)
-        with _bar(missing.count, quiet) as progress:
+        with _bar(missing.count, quiet) as progress, ending_on_sigterm():
             filled = fill(
                 profile,
                 bench,
                 model.operations,
                 extent,
                 save=lambda profile: save_profile(folder, profile),
-                seconds=QUICK_SECONDS if quick else FULL_SECONDS,
+                seconds=most if seconds is None else seconds,
                 progress=progress,
             )
     finally:
         bench.close()
     return profile, filled, path
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that what was measured is kept."""
+
+    def end(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _known(value: float) -> float | None:
@@ -137,10 +160,18 @@ def _known(value: float) -> float | None:
 
 @contextmanager
 def _bar(total: int, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Points as they are measured, on stderr if that is a terminal."""
+    """Points as they are measured, on stderr; where that is no terminal, a line every few seconds."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=" points", dynamic_ncols=True, disable=quiet or not sys.stderr.isatty()) as bar:
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=total,
+        unit=" points",
+        dynamic_ncols=True,
+        disable=quiet,
+        mininterval=0.1 if terminal else LINE_SECONDS,
+        bar_format=None if terminal else "nf plan profile: {n_fmt} of {total_fmt} points, {elapsed}{postfix}\n",
+    ) as bar:
 
         def progress(words: str) -> None:
             bar.set_postfix_str(words, refresh=False)

@@ -104,6 +104,7 @@ class PowerLimit:
 
 NOTHING = Cost(0.0, 0.0)
 SoloKey = tuple[str, int, Sms, int]
+PairKey = tuple[SoloKey, SoloKey]
 
 
 @dataclass(slots=True)
@@ -122,7 +123,7 @@ class Profile:
     idle_watts: float | None = None
     cap_watts: float | None = None
     solos: dict[SoloKey, Solo] = field(default_factory=dict)
-    co_runs: dict[tuple[SoloKey, SoloKey], CoRun] = field(default_factory=dict)
+    co_runs: dict[PairKey, CoRun] = field(default_factory=dict)
 
     def add(self, point: Solo | CoRun) -> None:
         """Take a point in; one that was measured before is replaced.
@@ -157,9 +158,9 @@ class Profile:
             return None
         return PowerLimit(self.cap_watts, self.idle_watts)
 
-    def missing(self, wanted: Iterable[SoloKey]) -> list[SoloKey]:
-        """What of ``wanted`` (operation, rows, sms, context) has not been measured, in that order."""
-        return [key for key in wanted if key not in self.solos]
+    def missing(self, wanted: Iterable[SoloKey | PairKey]) -> list[SoloKey | PairKey]:
+        """What of ``wanted``, (operation, rows, sms, context) or two such, has not been measured, in that order."""
+        return [key for key in wanted if key not in (self.co_runs if len(key) == 2 else self.solos)]
 
     def cost(self, operation: str, rows: int, sms: Sms = "all", context: int = 0) -> Cost:
         """Time and energy of ``operation`` on ``rows`` rows, interpolated between what was measured.

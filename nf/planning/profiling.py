@@ -1,7 +1,8 @@
 """Filling a profile: which nano-operations are measured, on how many rows and SMs, and what runs beside what.
 
 How a point is measured is the bench's business (gpu_bench.py). What has been measured is kept as it comes in, so an
-interrupted run goes on where it stopped.
+interrupted run goes on where it stopped; a point that cannot be measured is told and left out. The whole GPU comes
+first, then one partition after the other: what an interrupted run has suffices for the plans on these.
 
 Left out, because a plan of this engine cannot use it or another point stands for it: SM counts that are neither a
 partition for memory-bound operations nor what such a one leaves; norms and rotations, which take little, on more than
@@ -10,24 +11,27 @@ a few rows and SM counts; attention at more than two contexts; pairs with anythi
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from time import monotonic
 from typing import Protocol
 
-from nf.errors import InputError
+from nf.errors import InputError, NfError
 from nf.graphs.builtin import lane_of
 from nf.models.operations import Operation, Resource, Rows
-from nf.planning.profile import ROW_STEP, SM_STEP, CoRun, Cost, Profile, Sms, Solo, SoloKey
+from nf.planning.profile import ROW_STEP, SM_STEP, CoRun, Cost, PairKey, Profile, Sms, Solo, SoloKey
+
+logger = logging.getLogger(__name__)
 
 QUICK_SECONDS, FULL_SECONDS = 150.0, 690.0  # of measuring, at most; starting and loading come on top
-SAVE_SECONDS = 5.0
+SAVE_SECONDS = 1.0
 LM_HEAD = "lm_head"
-"""Stands for what follows the layers, logits and sampling; its rows are the tokens that are sampled."""
+"""Stands for what comes before and after the layers, most of it logits and sampling; its rows are the tokens that are
+sampled."""
 
-PairKey = tuple[SoloKey, SoloKey]
+Point = SoloKey | PairKey
 
 
 class Bench(Protocol):
@@ -150,6 +154,18 @@ def wanted_pairs(operations: Sequence[Operation], extent: Extent) -> list[PairKe
     ]
 
 
+def wanted_points(operations: Sequence[Operation], extent: Extent) -> list[Point]:
+    """All of them, place by place: what is measured on the whole GPU, then on each partition and what it leaves."""
+    places: dict[Sms, int] = {"all": 0}
+    for number, sms in enumerate(extent.memory_sms):
+        places |= {sms: number + 1, extent.gpu_sms - sms: number + 1}
+
+    def place(point: Point) -> int:
+        return places[point[1][2] if len(point) == 2 else point[2]]
+
+    return sorted([*wanted_solos(operations, extent), *wanted_pairs(operations, extent)], key=place)
+
+
 def is_light(operation: Operation) -> bool:
     """Norms and rotations: bound by memory, but short."""
     return operation.resource is Resource.MEMORY and operation.rows is Rows.ALL
@@ -161,31 +177,32 @@ def _ends(values: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What a profile lacks, and how many points it has of what was wanted."""
+    """What a profile lacks, in the order of measuring, and how many points it has of what was wanted."""
 
-    solos: tuple[SoloKey, ...]
-    pairs: tuple[PairKey, ...]
+    points: tuple[Point, ...]
     known: int
 
     @property
     def count(self) -> int:
-        return len(self.solos) + len(self.pairs)
+        return len(self.points)
 
 
 def missing_points(profile: Profile, operations: Sequence[Operation], extent: Extent) -> Missing:
     """What is still to be measured."""
-    solos, pairs = wanted_solos(operations, extent), wanted_pairs(operations, extent)
-    left = tuple(profile.missing(solos)), tuple(pair for pair in pairs if pair not in profile.co_runs)
-    return Missing(*left, len(solos) + len(pairs) - len(left[0]) - len(left[1]))
+    wanted = wanted_points(operations, extent)
+    left = profile.missing(wanted)
+    return Missing(tuple(left), len(wanted) - len(left))
 
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What a run did: points measured, points that were there before, points that time did not suffice for."""
+    """What a run did: points measured, points that were there before, points that are still missing, and how many of
+    these could not be measured."""
 
     measured: int
     known: int
     left: int
+    failed: int = 0
 
 
 def fill(
@@ -201,17 +218,26 @@ def fill(
     """Measure what is missing.
 
     Args:
-        save: keeps the profile; called every few seconds, and when the run ends, however it does.
+        save: keeps the profile; called every second or so, and when the run ends, however it does.
         seconds: after which no further point is begun.
         progress: called with a few words after every point.
+
+    Raises:
+        NfError: no point could be measured.
     """
     missing = missing_points(profile, operations, extent)
     deadline, saved, measured = monotonic() + seconds, monotonic(), 0
+    failures: list[NfError | ValueError] = []
     try:
-        for point in chain[SoloKey | PairKey](missing.solos, missing.pairs):
+        for point in missing.points:
             if monotonic() >= deadline:
                 break
-            profile.add(_measure(bench, point))
+            try:
+                profile.add(_measure(bench, point))
+            except (NfError, ValueError) as error:
+                logger.warning("%s was not measured: %s", words(point), error)
+                failures.append(error)
+                continue
             measured += 1
             progress(words(point))
             if monotonic() - saved > SAVE_SECONDS:
@@ -220,17 +246,19 @@ def fill(
     finally:
         if measured:
             save(profile)
-    return Filled(measured, missing.known, missing.count - measured)
+    if failures and not measured:
+        raise failures[0]
+    return Filled(measured, missing.known, missing.count - measured, len(failures))
 
 
-def _measure(bench: Bench, point: SoloKey | PairKey) -> Solo | CoRun:
+def _measure(bench: Bench, point: Point) -> Solo | CoRun:
     if len(point) == 2:
         return bench.co_run(*point)
     cost = bench.solo(point)
     return Solo(*point, cost.seconds, cost.joules)
 
 
-def words(point: SoloKey | PairKey) -> str:
+def words(point: Point) -> str:
     """A point as a progress bar shows it."""
     if len(point) == 2:
         return " beside ".join(words(side) for side in point)

@@ -9,7 +9,9 @@ from fake_profile import KEY, MODEL, SMS, FormulaBench, formula_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nf.errors import InputError
 from nf.graphs.builtin import lane_of
+from nf.kernels.device import CudaError
 from nf.models.operations import Rows
 from nf.models.registry import declare
 from nf.models.shapes import shape
@@ -24,6 +26,7 @@ from nf.planning.profiling import (
     missing_points,
     quick_extent,
     wanted_pairs,
+    wanted_points,
     wanted_solos,
 )
 from nf.planning.resources import arrangements
@@ -115,7 +118,49 @@ def test_when_time_is_up_the_rest_is_left(monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert filled.measured == 20
     assert filled.left > 100
-    assert saves == [6, 12, 18, 20]  # every few seconds, and at the end
+    assert saves == [*range(2, 20, 2), 20, 20]  # every second or so, and at the end
+
+
+def test_what_an_interrupted_run_has_suffices_for_the_first_places() -> None:
+    points = wanted_points(MODEL.operations, EXTENT)
+    assert sorted(map(str, points)) == sorted(
+        map(str, [*wanted_solos(MODEL.operations, EXTENT), *wanted_pairs(MODEL.operations, EXTENT)])
+    )
+    for complete, sms in enumerate(EXTENT.memory_sms):
+        profile = new_profile()
+        first = next(i for i, point in enumerate(points) if len(point) == 4 and point[2] in (sms, SMS - sms))
+        fill(profile, _Stops(first), MODEL.operations, EXTENT, save=lambda _: None)
+        names = [arrangement.name for arrangement in arrangements(profile, MODEL.operations, dominated=True)]
+        assert names == ["co-resident", *(f"{before} SMs for memory" for before in EXTENT.memory_sms[:complete])]
+
+
+class _Stops(FormulaBench):
+    """Measures so many points and refuses the rest."""
+
+    def __init__(self, points: int) -> None:
+        super().__init__()
+        self.points = points
+
+    def _count(self, _: object) -> None:
+        self.points -= 1
+        if self.points < 0:
+            raise CudaError("no more")
+
+
+def test_a_point_that_cannot_be_measured_is_told_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    class Refusing(FormulaBench):
+        def _count(self, point: object) -> None:
+            if "16" in str(point):
+                raise InputError("sms", "this GPU cannot give a partition of 16 SMs")
+
+    profile = new_profile()
+    filled = fill(profile, Refusing(), MODEL.operations, EXTENT, save=lambda _: None)
+    left = missing_points(profile, MODEL.operations, EXTENT).points
+    assert filled.failed == filled.left == len(left) > 0
+    assert all("16" in str(point) for point in left)
+    assert "16 SMs" in caplog.text
+    with pytest.raises(CudaError, match="no more"):
+        fill(new_profile(), _Stops(0), MODEL.operations, EXTENT, save=pytest.fail)
 
 
 def test_a_filled_profile_is_all_that_the_search_needs() -> None:
