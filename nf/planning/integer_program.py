@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +103,8 @@ class IntegerProgram:
         lp.a_matrix_.index_ = np.array([index for row in self.rows for index in row])
         lp.a_matrix_.value_ = np.array([value for row in self.rows for value in row.values()])
 
-        highs = highspy.Highs()
+        with _silent_stdout():
+            highs = highspy.Highs()
         for option, value in {"output_flag": False, "threads": 1, "time_limit": max(0.01, seconds)}.items():
             highs.setOptionValue(option, value)
         highs.passModel(lp)
@@ -118,3 +121,16 @@ class IntegerProgram:
         if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             return Solution(None, -math.inf, bound)
         return Solution(tuple(highs.getSolution().col_value), objective, bound)
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Some releases of HiGHS greet on standard output, whatever their options say, and results go there."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
