@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nf.cli.files import check_picture
+from nf.cli.files import check_picture, check_writable
 from nf.cli.options import named_by_flag
 from nf.cli.plan_profile import measured_profile, the_gpu
 
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
     from nf.bench.steady_step import Load
     from nf.kernels.device import Device
     from nf.models.declaration import Model
+    from nf.planning.kept_steps import KeptSteps, MeasuredOn
     from nf.planning.profile import Profile
     from nf.planning.search import Candidate
 
@@ -34,6 +33,8 @@ examples:
   nf plan search ./llama --dense-batch-size 4096 --decode-share 0.1,0.3,0.5,0.7
   nf plan search llama-3-8b --add mine.json --count 0       measure a plan of your own
   nf plan search llama-3-8b --profile h200.json --predict-only      no GPU needed
+  nf plan search llama-3-8b --add mine.json --count 0 --no-store --results steps.json
+  nf plan search llama-3-8b --profile h200.json --measured steps.json      no GPU needed
   nf plan search llama-3-8b --profile docs/examples/a100-nanoflow.json --predict-only \\
       --dense-batch-size 1024 --input-len 788 --output-len 473
 """
@@ -52,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="profile in at most 3 minutes")
     add("--profile", metavar="FILE", help="take this profile and measure no nano-operation")
     add("--predict-only", action="store_true", help="measure no step; with --profile no GPU is needed")
+    add("--results", metavar="FILE", help="keep measured steps there as they come; measure none that it has")
+    add("--measured", metavar="FILE", help="take the steps that --results kept and measure none; no GPU needed")
     add("--plans-dir", metavar="DIR", help="write the candidates there, as plan files")
     add("--store", metavar="DIR", help="keep the fastest plan there (default: where engines look for it)")
     add("--no-store", action="store_true", help="keep nothing")
@@ -63,52 +66,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from nf.cli.estimate import model_config
     from nf.errors import InputError
+    from nf.graphs.plan_store import shape_name
     from nf.models.registry import declare
     from nf.planning.integer_program import solver
+    from nf.planning.kept_steps import open_steps, read_steps
+    from nf.planning.loads import loads as all_loads
 
     check_picture(args.plot)
     if args.count < 0:
         raise InputError("--count", f"must be at least 0, got {args.count}")
     if not args.seconds >= 0:
         raise InputError("--seconds", f"must be at least 0, got {args.seconds:g}")
-    if args.predict_only and args.plot is not None:
-        raise InputError("--plot", "needs a step that runs; leave out --predict-only")
+    not_measuring = [flag for flag in ("--predict-only", "--measured") if getattr(args, flag[2:].replace("-", "_"))]
+    if not_measuring and args.plot is not None:
+        raise InputError("--plot", f"needs a step that runs; leave out {not_measuring[0]}")
+    if len(not_measuring) == 2 or (not_measuring and args.results is not None):
+        raise InputError(not_measuring[0], f"cannot be used with {[*not_measuring, '--results'][1]}")
+    check_writable("--results", args.results)
+    if args.measured is not None:
+        args.count = 0  # what was measured is what there is
     if args.count:
         solver()  # before anything is measured for it
     if args.plans_dir is not None:
         Path(args.plans_dir).mkdir(parents=True, exist_ok=True)
     model = declare(model_config(args.model))
-    needs_gpu = not args.predict_only or args.profile is None
+    kept = read_steps(Path(args.measured), shape_name(model.config)) if args.measured is not None else None
+    needs_gpu = kept is None and (not args.predict_only or args.profile is None)
     device = the_gpu(model) if needs_gpu else None
-    loads = _loads(args, model, device)
-    profile, wanted = _candidates(args, model, loads, device)
+    on = kept.on if kept is not None else None if device is None else _measured_on(model, device)
+    if args.results is not None and on is not None:
+        kept = open_steps(Path(args.results), on)
+    with named_by_flag():
+        room = None if on is None else on.kv_tokens
+        loads = all_loads(args.dense_batch_size, args.input_len, args.output_len, args.decode_share, room)
+    profile, wanted = _candidates(args, model, loads, device, kept)
     if args.plans_dir is not None:
         _write_plans(Path(args.plans_dir), wanted)
     if args.predict_only:
         _print(args, _predicted(args, model, profile, wanted, loads))
         return 0
-    assert device is not None
-    return _measure(args, model, device, profile, wanted, loads)
+    assert on is not None
+    return _measure(args, model, device, on, kept, profile, wanted, loads)
 
 
-def _loads(args: argparse.Namespace, model: Model, device: Device | None) -> list[Load]:
-    """No longer than the GPU's memory allows where there is one."""
-    from nf.planning.loads import loads
+def _measured_on(model: Model, device: Device) -> MeasuredOn:
+    from nf.executors.gpu_weights import layout
+    from nf.graphs.plan_store import shape_name
+    from nf.planning.gpu_bench import profile_key
+    from nf.planning.gpu_step_bench import SPARE_BYTES
+    from nf.planning.kept_steps import MeasuredOn
+    from nf.planning.operation_costs import kv_bytes_per_token
 
-    room = None
-    if device is not None:
-        from nf.executors.gpu_weights import layout
-        from nf.planning.gpu_step_bench import SPARE_BYTES
-        from nf.planning.operation_costs import kv_bytes_per_token
-
-        free = 0.92 * device.memory()[1] - layout(model).num_bytes - 2 * SPARE_BYTES
-        room = int(max(1.0, free / kv_bytes_per_token(model.config)))
-    with named_by_flag():
-        return loads(args.dense_batch_size, args.input_len, args.output_len, args.decode_share, room)
+    key = profile_key(device)
+    free = 0.92 * device.memory()[1] - layout(model).num_bytes - 2 * SPARE_BYTES
+    room = int(max(1.0, free / kv_bytes_per_token(model.config)))
+    return MeasuredOn(shape_name(model.config), device.name, device.sms, key.driver, key.kernels, room)
 
 
 def _candidates(
-    args: argparse.Namespace, model: Model, loads: list[Load], device: Device | None
+    args: argparse.Namespace, model: Model, loads: list[Load], device: Device | None, kept: KeptSteps | None
 ) -> tuple[Profile | None, list[Candidate]]:
     """What is worth measuring and the profile that says so; the user's files are read before the GPU is used."""
     from nf.graphs.plan import load_plan
@@ -117,9 +133,12 @@ def _candidates(
     from nf.planning.search import candidates
 
     profile = read_profile(Path(args.profile), shape_name(model.config)) if args.profile is not None else None
-    sms = device.sms if device is not None else profile.gpu_sms if profile is not None else 0
-    assert sms  # without a GPU there is a profile
+    sms = device.sms if device is not None else kept.on.gpu_sms if kept is not None else 0
+    sms = sms or (profile.gpu_sms if profile is not None else 0)
+    assert sms  # without a GPU there is a profile, or what was measured
     more = [load_plan(file, model.operations, args.dense_batch_size, gpu_sms=sms) for file in args.add]
+    if kept is not None and device is None:
+        more += [plan for plan in kept.plans if plan.dense_batch_size == args.dense_batch_size]
     if profile is None and device is not None and args.count:
         _say(args, "profiling nano-operations")
         profile = measured_profile(model, device, args.dense_batch_size, quick=args.quick, quiet=args.quiet)[0]
@@ -142,20 +161,27 @@ def _write_plans(folder: Path, wanted: list[Candidate]) -> None:
 def _measure(
     args: argparse.Namespace,
     model: Model,
-    device: Device,
+    device: Device | None,
+    on: MeasuredOn,
+    kept: KeptSteps | None,
     profile: Profile | None,
     wanted: list[Candidate],
     loads: list[Load],
 ) -> int:
-    from nf.planning.gpu_bench import profile_key
+    """On ``device``; None takes what was ``kept``."""
     from nf.planning.gpu_step_bench import GpuStepBench
+    from nf.planning.profile import ProfileKey
     from nf.planning.search import bounds, search
     from nf.planning.search_record import record
 
-    bench = GpuStepBench(model, device)
-    found = search(wanted, loads, bench, progress=lambda name: _say(args, f"measuring {name}"))
-    key = profile_key(device)
-    head: dict[str, Any] = {"model": args.model, "gpu": device.name, "driver": key.driver, "kernels": key.kernels}
+    gpu_bench = GpuStepBench(model, device) if device is not None else None
+    if kept is not None:
+        kept.bench = gpu_bench
+    bench = kept or gpu_bench
+    assert bench is not None
+    found = search(wanted, loads, bench, progress=lambda words: _say(args, words))
+    key = ProfileKey(on.gpu, on.driver, on.kernels)
+    head: dict[str, Any] = {"model": args.model, **asdict(key)}
     if profile is not None and profile.key != key:
         head["profile"] = asdict(profile.key)
     result = record(found, bounds(model, profile, loads), head)
@@ -163,11 +189,11 @@ def _measure(
         from nf.graphs.plan_store import save_plan
 
         folder = Path(args.store) if args.store else None
-        best = replace(found.best.candidate.plan, model=Path(args.model).name, gpu=device.name)
-        result["stored"] = str(save_plan(best, model.config, device.name, result, folder=folder))
+        best = replace(found.best.candidate.plan, model=Path(args.model).name, gpu=on.gpu)
+        result["stored"] = str(save_plan(best, model.config, on.gpu, result, folder=folder))
     if args.plot is not None:
         _say(args, "tracing")
-        _plot(args, model, bench, [found.sequential.candidate, found.best.candidate], wanted, loads[0])
+        _plot(args, model, gpu_bench, [found.sequential.candidate, found.best.candidate], wanted, loads[0])
     _print(args, result)
     return 0
 
@@ -206,71 +232,9 @@ def _predicted(
 def _print(args: argparse.Namespace, result: dict[str, Any]) -> None:
     import json
 
+    from nf.cli.plan_search_table import table
+
     print(json.dumps(result, indent=1) if args.json else "\n".join(table(result)))
-
-
-def table(result: dict[str, Any]) -> Iterator[str]:
-    """A search's record for people: a table per load, then what was chosen."""
-    measured = result["chosen"] is not None
-    where = f"on {result['gpu']}" if "gpu" in result else f"predicted ({result['profile']})"
-    yield f"{result['model']} {where}, {result['dense_batch_size']:,} tokens per step"
-    width = max(len(plan["name"]) for plan in result["plans"])
-    columns = _MEASURED if measured else _PREDICTED
-    for number, load in enumerate(result["loads"]):
-        yield ""
-        yield f"{load['input_len']} in, {load['output_len']} out: {load['decode_tokens']:,} decode tokens per step"
-        yield f"  {'plan':<{width}}" + "".join(f"{head:>{size}}" for head, size, *_ in columns)
-        for plan in result["plans"]:
-            if plan["error"]:
-                yield f"  {plan['name']:<{width}}  {plan['error']}"
-                continue
-            own = plan["loads"][number]
-            cells = ((_number(own[key], scale, digits, unit), size) for _, size, key, scale, digits, unit in columns)
-            yield f"  {plan['name']:<{width}}" + "".join(f"{text:>{size}}" for text, size in cells)
-        if (bound := load["predicted_bound_s"]) is not None:
-            best = min(p["loads"][number]["predicted_s"] or math.inf for p in result["plans"])
-            yield (
-                f"  by the profile no plan takes less than {1e3 * bound:,.2f} ms; "
-                f"the best of these is {100 * (best / bound - 1):.1f} % above"
-            )
-    if measured:
-        yield ""
-        yield _verdict(result)
-    if "stored" in result:
-        yield f"kept in {result['stored']}"
-
-
-Columns = tuple[tuple[str, int, str, float, int, str], ...]
-# Head, width, key in a plan's record of a load, and how it is printed: scale, digits, unit.
-_MEASURED: Columns = (
-    ("predicted", 12, "predicted_s", 1e3, 2, " ms"),
-    ("measured", 12, "measured_s", 1e3, 2, " ms"),
-    ("error", 9, "prediction_error", 100, 1, " %"),
-    ("predicted", 12, "predicted_j", 1, 1, " J"),
-    ("measured", 11, "measured_j", 1, 1, " J"),
-    ("tokens/s", 11, "tokens_per_s", 1, 0, ""),
-    ("mJ/token", 10, "j_per_token", 1e3, 2, ""),
-    ("speed-up", 10, "speed_up", 1, 3, ""),
-)
-_PREDICTED: Columns = (
-    ("time", 12, "predicted_s", 1e3, 2, " ms"),
-    ("energy", 12, "predicted_j", 1, 1, " J"),
-    ("speed-up", 10, "predicted_speed_up", 1, 3, ""),
-)
-
-
-def _verdict(result: dict[str, Any]) -> str:
-    from nf.planning.search import SEQUENTIAL, WORTH
-
-    error = result["median_prediction_error"]
-    told = f"; predictions were off by {100 * error:.1f} % (median)" if error is not None else ""
-    if result["chosen"] == SEQUENTIAL:
-        return f"fastest: sequential; no other plan is faster by more than {100 * WORTH:g} % at every load{told}"
-    return f"fastest: {result['chosen']}, {100 * (result['speed_up'] - 1):.1f} % over sequential{told}"
-
-
-def _number(value: float | None, scale: float, digits: int, unit: str) -> str:
-    return "–" if value is None else f"{value * scale:,.{digits}f}{unit}"
 
 
 def _say(args: argparse.Namespace, words: str) -> None:

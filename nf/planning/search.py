@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
-from typing import Protocol
 
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
@@ -20,6 +19,7 @@ from nf.graphs.builtin import nano_batch_plan, sequential_plan
 from nf.graphs.pipeline_plan import PipelinePlan, Stream
 from nf.models.declaration import Model
 from nf.planning import predict
+from nf.planning.kept_steps import StepBench
 from nf.planning.loads import batch_shape
 from nf.planning.nano_layer import COMPUTE
 from nf.planning.predict import Prediction
@@ -29,14 +29,6 @@ from nf.planning.resources import propose
 SEQUENTIAL = "sequential"
 WORTH = 0.003  # relative; two measurements of one plan differ by up to about as much
 PARTITION_SMS = 3 * SM_STEP  # of the partition that is measured where no other one was found worth it
-
-
-class StepBench(Protocol):
-    """Measures whole steps at steady state."""
-
-    def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
-        """Of each load, with the graphs of ``plan`` captured once."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,29 +180,35 @@ def search(
 ) -> Search:
     """Measure all candidates and choose.
 
-    A plan that the hardware refuses, or has not enough memory for, is noted and left out.
+    A plan that the hardware refuses, or has not enough memory for, is noted and left out; one that cannot be measured
+    once more is not chosen.
 
     Args:
         wanted: the sequential plan first.
-        progress: called with a candidate's name before it is measured.
+        progress: called with a few words before and after a candidate is measured.
     """
     results: list[Result] = []
     for candidate in wanted:
-        progress(candidate.plan.name)
+        progress(f"measuring {candidate.plan.name}")
         try:
             results.append(Result(candidate, tuple(bench.measure(candidate.plan, loads))))
         except NfError as error:
             if not results:  # without the sequential plan there is nothing to compare with
                 raise
             results.append(Result(candidate, error=str(error)))
+        progress("  " + (results[-1].error or ", ".join(f"{1e3 * m.seconds:.2f} ms" for m in results[-1].measured)))
     best = fastest(results)
     if best is not results[0]:
         again = []
-        for result in (results[0], best):
-            progress(f"{result.candidate.plan.name}, once more")
-            second = bench.measure(result.candidate.plan, loads)
-            means = tuple(_mean(a, b) for a, b in zip(result.measured, second, strict=True))
-            again.append(replace(result, measured=means))
+        try:
+            for result in (results[0], best):
+                progress(f"measuring {result.candidate.plan.name} once more")
+                second = bench.measure(result.candidate.plan, loads)
+                means = tuple(_mean(a, b) for a, b in zip(result.measured, second, strict=True))
+                again.append(replace(result, measured=means))
+        except NfError as error:
+            progress(f"{result.candidate.plan.name} again failed, so sequential stays: {error}")
+            return Search(tuple(loads), tuple(results), results[0])
         results[results.index(best)], results[0] = again[1], again[0]
         best = fastest(again)
     return Search(tuple(loads), tuple(results), best)

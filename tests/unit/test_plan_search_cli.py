@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +101,91 @@ def test_what_is_measured_can_be_chosen_by_hand(gpu: Path, tmp_path: Path, capsy
     assert not gpu.exists()
 
 
+@pytest.mark.usefixtures("gpu")
+def test_what_was_measured_on_one_machine_is_told_and_stored_on_another(
+    profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans, steps, store = tmp_path / "plans", tmp_path / "steps.json", tmp_path / "store"
+    load = ("--decode-share", "0.3,0.7")
+    nf("search", "llama-3-8b", "--profile", profile, "--predict-only", "--seconds", "0.5", "--plans-dir", str(plans))
+    added = [word for file in sorted(plans.iterdir()) for word in ("--add", str(file))]
+    measure = ("search", "llama-3-8b", "--count", "0", *added, *load, "--no-store", "--results", str(steps), "-q")
+    assert nf(*measure) == 0
+    table = capsys.readouterr().out.split("tokens per step")[-1]
+
+    monkeypatch.setattr(StepBench, "measure", lambda *_: pytest.fail("measured again"))
+    assert nf(*measure) == 0
+    assert capsys.readouterr().out.split("tokens per step")[-1] == table
+
+    monkeypatch.setattr(plan_search, "the_gpu", lambda _: pytest.fail("there is none"))
+    tell = ("search", "llama-3-8b", *load, "--measured", str(steps), "-q")
+    assert nf(*tell, "--profile", profile, "--store", str(store), "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["chosen"] == "nano-batch"
+    assert result["gpu"] == "NVIDIA H200"
+    assert result["median_prediction_error"] > 0
+    assert len(result["plans"]) == len(added) // 2
+    assert all(load["measured_s"] and load["predicted_s"] for plan in result["plans"] for load in plan["loads"])
+    stored = find_plan(MODEL, "NVIDIA H200", 2048, folder=store, gpu_sms=SMS)
+    assert stored is not None
+    assert (stored.plan.name, stored.path.parents[1]) == ("nano-batch", store)
+    with pytest.raises(NfError, match="not measured in"):  # at this load
+        nf("search", "llama-3-8b", "--measured", str(steps), "--no-store")
+
+
+def test_a_search_that_was_cut_short_chooses_nothing_it_has_not_measured_twice(
+    gpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps, once = tmp_path / "steps.json", StepBench.measure
+    calls: list[str] = []
+
+    def cut_short(bench: StepBench, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
+        calls.append(plan.name)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return once(bench, plan, loads)
+
+    monkeypatch.setattr(StepBench, "measure", cut_short)
+    argv = ("search", "llama-3-8b", "--count", "0", "--no-store", "--json")
+    with pytest.raises(KeyboardInterrupt):
+        nf(*argv, "--results", str(steps))
+    monkeypatch.setattr(plan_search, "the_gpu", lambda _: pytest.fail("there is none"))
+    assert nf(*argv, "--measured", str(steps)) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["chosen"] == "sequential"
+    assert [plan["loads"][0]["speed_up"] for plan in result["plans"]] == pytest.approx([1, 1, 1.25, 1])
+    assert "sequential stays" in err
+    assert not gpu.exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"version": 2}', '{"version": 1, "on": {}, "steps": []}'])
+def test_no_file_of_measured_steps(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "steps.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=r"steps.json: cannot be read as measured steps"):
+        nf("search", "llama-3-8b", "--measured", str(file))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_steps_of_another_machine_or_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "steps.json"
+    argv = ("--count", "0", "--no-store", "-q", "--results", str(file))
+    assert nf("search", "llama-3-8b", *argv) == 0
+    with pytest.raises(InputError, match=r"has steps of llama-32l-.*, not of qwen2-28l"):
+        nf("search", "qwen2-7b", *argv)
+    monkeypatch.setattr(gpu_bench, "profile_key", lambda _: replace(KEY, kernels="newer"))
+    with pytest.raises(InputError, match="measured with another kernels; name another file"):
+        nf("search", "llama-3-8b", *argv)
+
+
+def test_json_stands_alone_on_standard_output(profile: str) -> None:
+    """The solver greets there."""
+    argv = ("plan", "search", "llama-3-8b", "--profile", profile, "--predict-only", "--seconds", "0.3", "--json")
+    done = subprocess.run([sys.executable, "-m", "nf.cli", *argv], check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)["chosen"] is None
+
+
 def test_predictions_need_no_gpu(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plans = tmp_path / "plans"
     argv = ("search", "llama-3-8b", "--profile", profile, "--predict-only", "--seconds", "0.5", "--count", "3")
@@ -137,6 +224,12 @@ def test_the_papers_search_runs_on_the_example(capsys: pytest.CaptureFixture[str
         (("search", "llama-3-8b", "--count", "-1"), "^--count: must be at least 0"),
         (("search", "llama-3-8b", "--plot", "x.png"), "^--plot: must name a file that ends in .svg"),
         (("search", "llama-3-8b", "--plot", "x.svg", "--predict-only"), "^--plot: needs a step that runs"),
+        (("search", "llama-3-8b", "--plot", "x.svg", "--measured", "s.json"), "leave out --measured"),
+        (("search", "llama-3-8b", "--measured", "s.json", "--predict-only"), "^--predict-only: cannot be used with"),
+        (("search", "llama-3-8b", "--measured", "s.json", "--results", "r"), "^--measured: cannot be used with --r"),
+        (("search", "llama-3-8b", "--measured", "none.json"), "^none.json: there is no such file"),
+        (("search", "llama-3-8b", "--results", "no/r.json"), "^--results: .* there is no folder"),
+        (("profile", "llama-3-8b", "--seconds", "-1"), "^--seconds: must be at least 0"),
         (("search", "llama-3-8b", "--profile", "none.json", "--predict-only"), "^none.json: there is no such"),
         (("search", "qwen2-7b", "--profile", "PROFILE", "--predict-only"), "has no measurements of qwen2-28l"),
         (("search", "llama-3-8b", "--seconds", "nan"), "^--seconds: must be at least 0"),

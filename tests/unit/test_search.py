@@ -13,7 +13,7 @@ from fake_profile import MODEL, SMS, FormulaBench, formula_profile
 
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
-from nf.cli.plan_search import table
+from nf.cli.plan_search_table import table
 from nf.errors import InputError, PlanError
 from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan, validate
 from nf.graphs.plan_store import find_plan, save_plan

@@ -1,0 +1,156 @@
+"""Measured steps in a file: kept as they come in, so that an interrupted search goes on where it stopped, and a search
+that was measured on one machine can be told, stored and predicted for on another, which needs no GPU.
+
+The file is one JSON object: what was measured on, and for each plan and load the measurements in their order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from nf.bench.measure import Measurement
+from nf.bench.steady_step import Load
+from nf.errors import InputError, NfError
+from nf.graphs.pipeline_plan import PipelinePlan
+
+FORMAT_VERSION = 1
+
+Steps = dict[tuple[PipelinePlan, Load], list[Measurement]]
+
+
+class StepBench(Protocol):
+    """Measures whole steps at steady state."""
+
+    def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
+        """Of each load, with the graphs of ``plan`` captured once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredOn:
+    """What measured steps are valid for.
+
+    Args:
+        model: name of its shape.
+        kv_tokens: that its KV cache holds there, by which loads are shortened.
+    """
+
+    model: str
+    gpu: str
+    gpu_sms: int
+    driver: str
+    kernels: str
+    kv_tokens: int
+
+
+class KeptSteps:
+    """A ``StepBench`` that measures nothing twice: the nth time it is asked for a plan it answers with the nth
+    measurement of it, which the file has or ``bench`` makes.
+
+    Args:
+        path: of the file, written whole after every measurement.
+        steps: what it has.
+        bench: None measures nothing.
+    """
+
+    def __init__(self, path: Path, on: MeasuredOn, steps: Steps, bench: StepBench | None = None) -> None:
+        self.on, self.bench = on, bench
+        self._path, self._steps = path, steps
+        self._asked: Counter[PipelinePlan] = Counter()
+
+    @property
+    def plans(self) -> list[PipelinePlan]:
+        """That were measured, each once."""
+        return list(dict.fromkeys(plan for plan, _ in self._steps))
+
+    def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
+        """See ``StepBench``.
+
+        Raises:
+            NfError: the file has too few measurements of the plan, and there is nothing to make them with.
+        """
+        known, time = self._known(plan), self._asked[_plain(plan)]
+        missing = [load for load in loads if len(self._steps.get((known, load), ())) <= time]
+        if missing:
+            if self.bench is None:
+                raise NfError(f"not measured in {self._path}" if not time else f"measured only once in {self._path}")
+            for load, found in zip(missing, self.bench.measure(plan, missing), strict=True):
+                self._steps.setdefault((known, load), []).append(found)
+            self._save()
+        self._asked[_plain(plan)] += 1
+        return [self._steps[known, load][time] for load in loads]
+
+    def _known(self, plan: PipelinePlan) -> PipelinePlan:
+        """The plan under the name that it has in the file."""
+        return next((other for other in self.plans if _plain(other) == _plain(plan)), plan)
+
+    def _save(self) -> None:
+        steps = [
+            {"plan": json.loads(plan.to_json()), "load": asdict(load), "measured": [_pair(m) for m in measured]}
+            for (plan, load), measured in self._steps.items()
+        ]
+        document = {"version": FORMAT_VERSION, "on": asdict(self.on), "steps": steps}
+        part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(self._path)
+
+
+def open_steps(path: Path, on: MeasuredOn) -> KeptSteps:
+    """The file to go on with, or a new one.
+
+    Raises:
+        InputError: it cannot be read, or was measured on something else.
+    """
+    if not path.exists():
+        return KeptSteps(path, on, {})
+    kept = read_steps(path, on.model)
+    if kept.on != on:
+        differ = ", ".join(name for name, value in asdict(on).items() if asdict(kept.on)[name] != value)
+        raise InputError(str(path), f"has steps that were measured with another {differ}; name another file")
+    return kept
+
+
+def read_steps(path: Path, model: str) -> KeptSteps:
+    """What was measured of a model's shape.
+
+    Raises:
+        InputError: there is no such file, ``KeptSteps`` did not write it, or it is of another model.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["version"] != FORMAT_VERSION:
+            raise ValueError(f"its format is not {FORMAT_VERSION}")
+        kept = KeptSteps(path, MeasuredOn(**document["on"]), _read(document["steps"]))
+    except FileNotFoundError:
+        raise InputError(str(path), "there is no such file of measured steps") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, NfError) as error:
+        raise InputError(str(path), f"cannot be read as measured steps ({error})") from None
+    if kept.on.model != model:
+        raise InputError(str(path), f"has steps of {kept.on.model}, not of {model}")
+    return kept
+
+
+def _read(steps: Iterable[dict[str, Any]]) -> Steps:
+    return {
+        (PipelinePlan.from_json(json.dumps(step["plan"])), Load(**step["load"])): [
+            Measurement(float(seconds), math.nan if joules is None else float(joules))
+            for seconds, joules in step["measured"]
+        ]
+        for step in steps
+    }
+
+
+def _plain(plan: PipelinePlan) -> PipelinePlan:
+    """What of a plan decides how fast it is."""
+    return replace(plan, name="", model=None, gpu=None)
+
+
+def _pair(found: Measurement) -> list[float | None]:
+    return [found.seconds, None if math.isnan(found.joules) else found.joules]
