@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dense-batch-size", type=int, default=2048, metavar="N", help="tokens per step (default 2048)")
     add("--input-len", type=int, default=1024, metavar="N", help="tokens of a prompt (default 1024)")
     add("--output-len", type=int, default=512, metavar="N", help="tokens generated (default 512)")
+    add("--kv-tokens", type=int, metavar="N", help="of the KV cache: longer requests are cut (default: as the GPU has)")
     add("--decode-share", type=_shares, default=(), metavar="X,…", help="decode tokens of a step, one load per share")
     add("--count", type=int, default=6, metavar="K", help="plans of Stages I and II to measure (default 6)")
     add("--seconds", type=float, default=100.0, metavar="S", help="for Stages I and II (default 100)")
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     check_picture(args.plot)
     if args.count < 0:
         raise InputError("--count", f"must be at least 0, got {args.count}")
+    if args.kv_tokens is not None and args.kv_tokens < 1:
+        raise InputError("--kv-tokens", f"must be at least 1, got {args.kv_tokens}")
     if not args.seconds >= 0:
         raise InputError("--seconds", f"must be at least 0, got {args.seconds:g}")
     not_measuring = [flag for flag in ("--predict-only", "--measured") if getattr(args, flag[2:].replace("-", "_"))]
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if args.results is not None and on is not None:
         kept = open_steps(Path(args.results), on)
     with named_by_flag():
-        room = None if on is None else on.kv_tokens
+        room = on.kv_tokens if on is not None and args.kv_tokens is None else args.kv_tokens
         loads = all_loads(args.dense_batch_size, args.input_len, args.output_len, args.decode_share, room)
     profile, wanted = _candidates(args, model, loads, device, kept)
     if args.plans_dir is not None:

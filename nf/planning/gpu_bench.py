@@ -47,6 +47,7 @@ WARM_SECONDS, RUN_SECONDS = 0.15, 0.4  # the energy counter moves every 0.1 s
 GRAPH_SECONDS = 4e-3  # of one replay, so that the host's launches do not count
 MAX_CALLS = 320  # in a graph
 AHEAD_SECONDS = 12e-3  # of replays that are enqueued and not done, so that the GPU never waits for the host
+PATIENCE_SECONDS = 0.5
 POLL_SECONDS = 1e-4  # between looks at what is done
 PROBES = 4  # replays that tell how long one takes
 KV_BYTES = 48 << 30  # at most; sequences take pages in turn
@@ -278,11 +279,7 @@ class GpuBench:
                     side.origin.synchronize()
             ended = [[end.since(start) for end in own] for own in ends]
         stop = min(times[-1] for times in ended)
-        seconds = []
-        for side, times in zip(sides, ended, strict=True):
-            inside = [t for t in times if WARM_SECONDS <= t <= stop]
-            inside = inside if len(inside) > 1 else times[:2]
-            seconds.append((inside[-1] - inside[0]) / ((len(inside) - 1) * side.calls))
+        seconds = [_pace(times, stop) / side.calls for side, times in zip(sides, ended, strict=True)]
         return seconds, meter.between(began + WARM_SECONDS, began + stop)
 
     def _probed(self, graph: Graph, calls: int, origin: cuda.Stream) -> _Side:
@@ -302,7 +299,8 @@ class GpuBench:
 
 
 def _replay(sides: list[_Side], until: float, undo: ExitStack) -> tuple[cuda.Event, list[list[cuda.Event]]]:
-    """Replay each side again and again, begun together, up to a moment of the host's clock and three times at least.
+    """Replay each side again and again, begun together, up to a moment of the host's clock; up to PATIENCE_SECONDS
+    longer if one of them gets hardly anywhere beside the other.
 
     Both have enough enqueued at all times and no more, so that they end together however they slow each other down,
     and the host never waits for a full queue.
@@ -314,7 +312,7 @@ def _replay(sides: list[_Side], until: float, undo: ExitStack) -> tuple[cuda.Eve
     for side in sides[1:]:
         start.block(side.origin.handle)
     ends: list[list[cuda.Event]] = [[] for _ in sides]
-    while time.perf_counter() < until or any(len(own) < 3 for own in ends):
+    while (now := time.perf_counter()) < until or (now < until + PATIENCE_SECONDS and not all(map(_some_done, ends))):
         waits = True
         for side, own in zip(sides, ends, strict=True):
             if len(own) < side.depth or own[-side.depth].reached:
@@ -324,6 +322,21 @@ def _replay(sides: list[_Side], until: float, undo: ExitStack) -> tuple[cuda.Eve
         if waits:
             time.sleep(POLL_SECONDS)
     return start, ends
+
+
+def _some_done(ends: Sequence[cuda.Event]) -> bool:
+    return len(ends) > 2 and ends[2].reached
+
+
+def _pace(ends: Sequence[float], stop: float) -> float:
+    """Seconds of a replay while both sides run, by when each ended; of the first one, if no other did, and if none
+    did, a bound."""
+    inside = [end for end in ends if WARM_SECONDS <= end <= stop]
+    if len(inside) < 2:
+        inside = [end for end in (0.0, *ends) if end <= stop][-2:]
+    if len(inside) < 2:
+        inside = [0.0, stop]
+    return (inside[-1] - inside[0]) / (len(inside) - 1)
 
 
 def _event(stream: cuda.Stream, undo: ExitStack) -> cuda.Event:

@@ -297,6 +297,28 @@ def test_nothing_is_measured_on_partitions_that_are_not_there(monkeypatch: pytes
         GpuStepBench(own.model, DEVICE).measure(plan, [Load(64, 40, 24)])
 
 
+def test_a_side_that_gets_nowhere_is_slow_not_as_fast_as_alone() -> None:
+    own = bench()
+    PACE[own._streams[0].handle] = 1e9
+    pair = own.co_run(("o_proj", 32, "all", 0), ("decode_attention", 32, "all", 48))
+    assert pair.first.seconds > 10 * KERNEL_SECONDS
+    assert pair.second.seconds == pytest.approx(KERNEL_SECONDS)
+    own.close()
+
+
+@pytest.mark.parametrize(
+    ("ends", "stop", "seconds"),
+    [
+        ([1.0, 1.1, 1.2, 1.3], 1.25, 0.1),
+        ([0.0005, 1.0, 1.4], 1.1, 0.9995),  # one before all was warm
+        ([0.7, 1.5], 1.1, 0.7),
+        ([2.0, 3.0], 1.1, 1.1),
+    ],
+)
+def test_the_pace_is_that_of_the_time_that_both_ran(ends: list[float], stop: float, seconds: float) -> None:
+    assert gpu_bench._pace(ends, stop) == pytest.approx(seconds)
+
+
 @pytest.mark.parametrize(("rows", "context"), [(32, 24), (64, 24), (16, 24), (7, 24), (64, 0), (1, 24)])
 def test_prompts_have_the_rows_and_the_context(rows: int, context: int) -> None:
     own = bench()

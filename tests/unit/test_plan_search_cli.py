@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,19 +16,19 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from fake_profile import KEY, MODEL, SMS, formula_profile
+from fake_profile import KEY, MODEL, SMS, FormulaBench, formula_profile
 
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
 from nf.cli import plan as command
-from nf.cli import plan_search, plan_shares
+from nf.cli import plan_profile, plan_search, plan_shares
 from nf.errors import InputError, NfError
 from nf.executors.trace import Span
 from nf.graphs.plan import PipelinePlan, load_plan
-from nf.graphs.plan_store import find_plan
-from nf.planning import gpu_bench, gpu_step_bench
+from nf.graphs.plan_store import find_plan, shape_name
+from nf.planning import gpu_bench, gpu_step_bench, profiling
 from nf.planning.hardware import ACCELERATORS
-from nf.planning.profile_file import save_profile
+from nf.planning.profile_file import read_profile, save_profile
 
 
 def nf(*argv: str) -> int:
@@ -184,6 +186,52 @@ def test_json_stands_alone_on_standard_output(profile: str) -> None:
     argv = ("plan", "search", "llama-3-8b", "--profile", profile, "--predict-only", "--seconds", "0.3", "--json")
     done = subprocess.run([sys.executable, "-m", "nf.cli", *argv], check=True, capture_output=True, text=True)
     assert json.loads(done.stdout)["chosen"] is None
+
+
+def test_requests_are_cut_to_what_the_cache_holds(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("search", "llama-3-8b", "--profile", profile, "--predict-only", "--count", "0", "-q")
+    assert nf(*argv, "--decode-share", "0.7", "--kv-tokens", "898322") == 0
+    assert "270 in, 633 out: 1,435 decode tokens per step" in capsys.readouterr().out
+
+
+def test_a_profile_that_is_ended_is_kept_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Ended(FormulaBench):
+        """SIGTERM comes while the 30th point is measured; nothing is saved before."""
+
+        def __init__(self, *_: Any) -> None:
+            super().__init__()
+
+        def _count(self, point: Any) -> None:
+            super()._count(point)
+            if len(self.measured) == 30:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def close(self) -> None:
+            pass
+
+    device = SimpleNamespace(sms=SMS, name="NVIDIA H200")
+    monkeypatch.setattr(plan_profile, "the_gpu", lambda _: device)
+    monkeypatch.setattr(gpu_bench, "profile_key", lambda _: KEY)
+    monkeypatch.setattr(gpu_bench, "GpuBench", Ended)
+    monkeypatch.setattr(profiling, "SAVE_SECONDS", 1e9)
+    monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        nf("profile", "llama-3-8b", "--quick", "-q")
+    assert signal.getsignal(signal.SIGTERM) == before
+    (file,) = (tmp_path / "profiles").iterdir()
+    assert len(read_profile(file, shape_name(MODEL.config)).solos) in (29, 30)
+    assert nf("profile", "llama-3-8b", "--quick", "-q", "--seconds", "0") == 0
+    assert "0 points measured" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_bench, "GpuBench", type("Bench", (Ended,), {"_count": FormulaBench._count}))
+    assert nf("profile", "llama-3-8b", "--quick") == 0
+    out, err = capsys.readouterr()
+    assert "known before\n" in out
+    assert f"{162 - 29} of {162 - 29} points" in err or f"{162 - 30} of {162 - 30} points" in err
+    stored = read_profile(file, shape_name(MODEL.config))
+    assert (len(stored.solos), len(stored.co_runs)) == (142, 20)
 
 
 def test_predictions_need_no_gpu(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
