@@ -5,8 +5,9 @@ interrupted run goes on where it stopped; a point that cannot be measured is tol
 first, then one partition after the other: what an interrupted run has suffices for the plans on these.
 
 Left out, because a plan of this engine cannot use it or another point stands for it: SM counts that are neither a
-partition for memory-bound operations nor what such a one leaves; norms and rotations, which take little, on more than
-a few rows and SM counts; attention at more than two contexts; pairs with anything but a GEMM on the compute-bound side.
+partition for memory-bound operations nor what such a one leaves; norms, rotations and routers, which take little, on
+more than a few rows and SM counts; attention at more than two contexts; pairs with anything but a GEMM on the
+compute-bound side.
 """
 
 from __future__ import annotations
@@ -167,8 +168,8 @@ def wanted_points(operations: Sequence[Operation], extent: Extent) -> list[Point
 
 
 def is_light(operation: Operation) -> bool:
-    """Norms and rotations: bound by memory, but short."""
-    return operation.resource is Resource.MEMORY and operation.rows is Rows.ALL
+    """Norms and rotations, bound by memory but short, and the router of experts, a product with few columns."""
+    return operation.rows is Rows.ALL and (operation.resource is Resource.MEMORY or operation.name == "router")
 
 
 def _ends(values: Sequence[int]) -> tuple[int, ...]:

@@ -16,10 +16,13 @@ from nf.models.operations import Rows
 from nf.models.registry import declare
 from nf.models.shapes import shape
 from nf.planning import profiling as module
+from nf.planning.gpu_bench import RUN_SECONDS, WARM_SECONDS
 from nf.planning.profile import Profile
 from nf.planning.profile_file import load_profile, read_profile, save_profile
 from nf.planning.profiling import (
+    FULL_SECONDS,
     LM_HEAD,
+    QUICK_SECONDS,
     Filled,
     fill,
     full_extent,
@@ -67,6 +70,14 @@ def test_the_full_extent_goes_in_steps_of_128_rows_and_8_sms() -> None:
     assert extent.memory_sms == tuple(range(8, 65, 8))
     assert extent.compute_sms == tuple(SMS - sms for sms in extent.memory_sms)
     assert quick_extent(2048, SMS).rows == (256, 512, 1024, 2048)
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "qwen2-7b", "mixtral-8x7b"])
+def test_the_limits_suffice(name: str) -> None:
+    """With what a point takes: warming up, measuring, and some 70 ms of capturing, trying and waiting."""
+    operations, point = declare(shape(name)).operations, WARM_SECONDS + RUN_SECONDS + 0.07
+    assert point * len(wanted_points(operations, quick_extent(2048, SMS))) < QUICK_SECONDS
+    assert point * len(wanted_points(operations, full_extent(2048, SMS))) < FULL_SECONDS
 
 
 @given(tokens=st.integers(1, 8192), sms=st.integers(1, 160))
