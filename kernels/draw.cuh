@@ -218,12 +218,12 @@ __device__ __forceinline__ Kept cut_list(
 // What the first pass left in shared memory: nothing, the histogram, or the sorted list of the highest logits.
 enum class Left { NOTHING, HISTOGRAM, LIST };
 
-// The token of a row with these stats. The histogram may be overwritten; the list has at least top_k entries. `then` is what
-// is read next.
-template <class Row>
+// The token of a row with these stats. The histogram may be overwritten; the list has at least top_k entries. `then()` is
+// what is read next.
+template <class Row, class Then>
 __device__ __forceinline__ int draw_token(
     const Row& row, Shared& shared, Stream& stream, const Choice& choice, const Stats& stats, Left left,
-    const Source& then) {
+    Then then) {
     constexpr float SURE = 30;  // r of the bar
     const float top = stats.top;
     const Weight weight(top, choice.temperature);
@@ -247,7 +247,7 @@ __device__ __forceinline__ int draw_token(
                 score_token(choice, top, listed_value(shared.list[i]), listed_id(shared.list[i]), best);
         };
         if (!few && !share) {
-            draw_pass<false>(row, shared, stream, choice, weight, cut, bar, best, then);
+            draw_pass<false>(row, shared, stream, choice, weight, cut, bar, best, then());
         } else if (few && left == Left::LIST) {
             int length = 0;  // of what min-p leaves
             for (int i = threadIdx.x; i < min(shared.list_length, choice.top_k); i += THREADS)
@@ -290,7 +290,7 @@ __device__ __forceinline__ int draw_token(
                 best = Best{};
                 clear_list(shared);
                 const Sums sums = draw_pass<true>(
-                    row, shared, stream, choice, weight, cut, bar, best, either(two_steps, Source{}, then));
+                    row, shared, stream, choice, weight, cut, bar, best, either(two_steps, Source{}, then()));
                 const int length = shared.list_length;
                 if (length > LIST) {  // the bounds were not close enough
                     counted = exact = false;

@@ -22,46 +22,62 @@ struct Edits {
     }
 };
 
-// Counts of a range of ids are kept in shared memory, so the history is read once for each range.
-__device__ __forceinline__ void penalize(float* values, int vocab_size, const Edits& edits, Shared& shared) {
-    constexpr uint32_t SEEN = 1u << 31;  // in the prompt; the other bits count occurrences in the output
+constexpr uint32_t SEEN = 1u << 31;  // in the prompt; the other bits count occurrences in the output
+
+__device__ __forceinline__ void note(uint32_t& seen, bool in_prompt) {
+    if (in_prompt)
+        atomicOr(&seen, SEEN);
+    else
+        atomicAdd(&seen, 1u);
+}
+
+__device__ __forceinline__ float penalized_value(float value, uint32_t seen, const Edits& edits) {
+    if (edits.repetition != 1.0f) value = value > 0 ? value / edits.repetition : __fmul_rn(value, edits.repetition);
+    const uint32_t count = seen & ~SEEN;
+    if (count) value -= __fadd_rn(__fmul_rn(edits.frequency, static_cast<float>(count)), edits.presence);
+    return value;
+}
+
+// A short history is counted in a hash table (open addressing), in place of the bins.
+__device__ __forceinline__ void penalize_few(float* values, int vocab_size, const Edits& edits, Shared& shared) {
+    constexpr int SLOTS = BINS / 2;
+    static_assert(SLOTS == 1 << 12, "as many bits as the hash keeps");
+    uint32_t *const ids = shared.bins, *const seen = shared.bins + SLOTS;  // id + 1, 0 where there is none
+    clear_bins(shared);
+    for (int i = threadIdx.x; i < edits.position; i += THREADS) {
+        const uint32_t id = static_cast<uint32_t>(edits.history[i]);
+        if (id >= static_cast<uint32_t>(vocab_size)) continue;
+        uint32_t slot = id * 0x9E3779B1u >> 20;
+        for (;; slot = (slot + 1) % SLOTS) {
+            const uint32_t there = atomicCAS(&ids[slot], 0u, id + 1);
+            if (there == 0 || there == id + 1) break;
+        }
+        note(seen[slot], i < edits.prompt_len);
+    }
+    __syncthreads();
+    for (int slot = threadIdx.x; slot < SLOTS; slot += THREADS)
+        if (ids[slot]) values[ids[slot] - 1] = penalized_value(values[ids[slot] - 1], seen[slot], edits);
+}
+
+// Otherwise counts of a range of ids are kept at a time, so the history is read once for each range.
+__device__ __forceinline__ void penalize_many(float* values, int vocab_size, const Edits& edits, Shared& shared) {
     for (int begin = 0; begin < vocab_size; begin += BINS) {
         clear_bins(shared);
         for (int i = threadIdx.x; i < edits.position; i += THREADS) {
             const uint32_t at = static_cast<uint32_t>(edits.history[i] - begin);
-            if (at >= BINS) continue;
-            if (i < edits.prompt_len)
-                atomicOr(&shared.bins[at], SEEN);
-            else
-                atomicAdd(&shared.bins[at], 1u);
+            if (at < BINS) note(shared.bins[at], i < edits.prompt_len);
         }
         __syncthreads();
-        for (int at = threadIdx.x; at < BINS; at += THREADS) {
-            const uint32_t seen = shared.bins[at];
-            if (!seen || begin + at >= vocab_size) continue;
-            float value = values[begin + at];
-            if (edits.repetition != 1.0f) value = value > 0 ? value / edits.repetition : value * edits.repetition;
-            const uint32_t count = seen & ~SEEN;
-            if (count) value -= __fadd_rn(__fmul_rn(edits.frequency, static_cast<float>(count)), edits.presence);
-            values[begin + at] = value;
-        }
+        for (int at = threadIdx.x; at < min(BINS, vocab_size - begin); at += THREADS)
+            if (shared.bins[at]) values[begin + at] = penalized_value(values[begin + at], shared.bins[at], edits);
     }
 }
 
-// The edited row, in `values`; the caller's threads see it on return.
+// The edited row, in `values`, where a copy of it, or −∞ if some ids alone are allowed, stands already; the caller's threads
+// see it on return.
 template <class Row>
-__device__ __forceinline__ Fp32Row edit_row(
-    const Row& row, float* values, const Edits& edits, Shared& shared, Stream& stream) {
+__device__ __forceinline__ Fp32Row edit_row(const Row& row, float* values, const Edits& edits, Shared& shared) {
     auto inside = [&](int id) { return static_cast<uint32_t>(id) < static_cast<uint32_t>(row.vocab_size); };
-    __syncthreads();  // the last row's readers are done
-    stream.sweep(row, [&](int id, const float (&x)[Row::WIDTH]) {
-        if (id >= row.vocab_size) return;
-#pragma unroll
-        for (int j = 0; j < Row::WIDTH; j += 4)
-            *reinterpret_cast<float4*>(values + id + j) = edits.num_allowed
-                ? float4{-INFINITE, -INFINITE, -INFINITE, -INFINITE}
-                : float4{x[j], x[j + 1], x[j + 2], x[j + 3]};
-    });
     __syncthreads();
     for (int i = threadIdx.x; i < edits.num_allowed; i += THREADS)
         if (inside(edits.allowed_ids[i])) values[edits.allowed_ids[i]] = row.at(edits.allowed_ids[i]);
@@ -78,7 +94,10 @@ __device__ __forceinline__ Fp32Row edit_row(
     for (int i = threadIdx.x; i < edits.num_biases; i += THREADS)
         if (inside(edits.bias_ids[i])) values[edits.bias_ids[i]] += edits.bias_values[i];
     __syncthreads();
-    if (edits.penalized()) penalize(values, row.vocab_size, edits, shared);
+    if (edits.penalized() && edits.position <= BINS / 4)
+        penalize_few(values, row.vocab_size, edits, shared);
+    else if (edits.penalized())
+        penalize_many(values, row.vocab_size, edits, shared);
     __syncthreads();
     return {values, row.vocab_size};
 }

@@ -12,8 +12,10 @@ constexpr int NONE = 0x7FFFFFFF;
 constexpr int BINS = 8192;  // of a histogram
 constexpr int LIST = 2048;  // candidates that are sorted in shared memory
 constexpr int MAX_TOP = 20;
-constexpr int THREADS = 512;  // of a CTA, two of which share a multiprocessor
-constexpr int RING = 6;     // vectors per thread on their way
+// Two CTAs share a multiprocessor, with so few threads that what is at hand stays in registers: a spilled value would be
+// read through the same queues as the rows, which costs microseconds when they are full.
+constexpr int THREADS = 256;
+constexpr int RING = 8;  // vectors per thread on their way
 
 struct Crossing {
     int bin;
@@ -182,8 +184,9 @@ class Stream {
 
     // Start to copy what is read next, unless that has been done. Nothing else may be on its way at first.
     __device__ __forceinline__ void begin(const Source& source) {
-        aim(source);
-        for (int i = 0; i < ROUNDS; ++i) copy();
+        Ahead ahead(source, 0);
+#pragma unroll 1
+        for (int i = 0; i < ROUNDS; ++i) copy(ahead);
         begun_ = source.data;
     }
     __device__ __forceinline__ void prepare(const Source& source) {
@@ -197,7 +200,9 @@ class Stream {
     template <class Row, class Visit>
     __device__ __forceinline__ void batches(const Row& row, const Source& then, Visit visit) {
         constexpr int TOKENS = VECTORS * Batch<Row>::STRIDE;  // of a round, of all threads
-        prepare(source_of(row));
+        const Source own = source_of(row);
+        prepare(own);
+        Ahead ahead(own, ROUNDS);
         Batch<Row> batch;
         batch.id = threadIdx.x * Row::WIDTH;
         const int whole = row.vocab_size / TOKENS;
@@ -205,13 +210,13 @@ class Stream {
         int round = 0;
 #pragma unroll 1
         for (int begun = 1; begun >= 0; --begun) {  // first while there is more of the row to begin
-            if (!begun) aim(then);
+            if (!begun) ahead = Ahead(then, 0);
             for (; round < rounds - begun * ROUNDS; ++round) {
                 copies_wait<ROUNDS - 1>();
                 uint4 v[VECTORS];
 #pragma unroll
                 for (int i = 0; i < VECTORS; ++i) v[i] = ring_[slot_ + i * THREADS];
-                copy();
+                copy(ahead);
                 if (round >= whole) [[unlikely]] {
 #pragma unroll
                     for (int i = 0; i < VECTORS; ++i)
@@ -241,22 +246,26 @@ class Stream {
 
   private:
     uint4* const ring_;
-    int slot_ = 0;         // where the next round is, and its successor will be
-    const char* from_;     // this thread's next vector
-    int left_;             // vectors from that one to the end
+    int slot_ = 0;  // where the next round is, and its successor will be
     const void* begun_ = nullptr;
 
-    __device__ __forceinline__ void aim(const Source& source) {
-        from_ = static_cast<const char*>(source.data) + threadIdx.x * 16;
-        left_ = source.vectors - static_cast<int>(threadIdx.x);
-    }
-    __device__ __forceinline__ void copy() {
+    // What this thread copies next.
+    struct Ahead {
+        const char* from;
+        int left;  // vectors from that one to the end
+
+        __device__ __forceinline__ Ahead(const Source& source, int rounds)
+            : from(static_cast<const char*>(source.data) + (rounds * VECTORS * THREADS + threadIdx.x) * 16),
+              left(source.vectors - rounds * VECTORS * THREADS - static_cast<int>(threadIdx.x)) {}
+    };
+
+    __device__ __forceinline__ void copy(Ahead& ahead) {
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i)
-            if (i * THREADS < left_) copy_16(ring_ + slot_ + i * THREADS, from_ + i * THREADS * 16);
+            if (i * THREADS < ahead.left) copy_16(ring_ + slot_ + i * THREADS, ahead.from + i * THREADS * 16);
         copies_commit();
-        from_ += VECTORS * THREADS * 16;
-        left_ -= VECTORS * THREADS;
+        ahead.from += VECTORS * THREADS * 16;
+        ahead.left -= VECTORS * THREADS;
         slot_ = slot_ == (ROUNDS - 1) * VECTORS * THREADS ? 0 : slot_ + VECTORS * THREADS;
     }
 };
@@ -306,30 +315,36 @@ __device__ __forceinline__ Stats join(const Stats& a, const Stats& b) {
     Stats both;
     both.top = fmaxf(a.top, b.top);
     const float scaled = scale_logit(both.top);
-    both.sum = a.sum * exp2_approximate(scale_logit(a.top) - scaled) + b.sum * exp2_approximate(scale_logit(b.top) - scaled);
+    both.sum = __fmul_rn(a.sum, exp2_approximate(scale_logit(a.top) - scaled)) +
+               __fmul_rn(b.sum, exp2_approximate(scale_logit(b.top) - scaled));  // the same whichever is a
     both.where = min(a.top == both.top ? a.where : NONE, b.top == both.top ? b.where : NONE);
     return both;
 }
 
-// The highest of one vector per thread, spread over the row.
+constexpr int SAMPLED = 2;  // vectors per thread
+
+// The highest of some vectors per thread, spread over the row.
 template <class Row>
 __device__ __forceinline__ float own_sample(const Row& row) {
     const int vectors = (row.vocab_size + Row::WIDTH - 1) / Row::WIDTH;
-    const int stride = max(1, vectors / THREADS);
-    float x[Row::WIDTH], highest = -INFINITE;
-    Row::unpack(load_vector(row, threadIdx.x * stride), x);
+    const int stride = max(1, vectors / (SAMPLED * THREADS));
+    uint4 v[SAMPLED];
 #pragma unroll
-    for (int j = 0; j < Row::WIDTH; ++j) highest = fmaxf(highest, x[j]);
+    for (int i = 0; i < SAMPLED; ++i) v[i] = load_vector(row, (i * THREADS + threadIdx.x) * stride);
+    float highest = -INFINITE;
+#pragma unroll
+    for (int i = 0; i < SAMPLED; ++i) highest = fmaxf(highest, Row::highest(v[i]));
     return highest;
 }
 
 __device__ __forceinline__ void clear_bins(Shared& shared) {
     __syncthreads();
-    for (int i = threadIdx.x; i < BINS; i += THREADS) shared.bins[i] = 0;  // bin BINS is never read
+    for (int i = threadIdx.x; i < BINS / 4; i += THREADS)  // bin BINS is never read
+        reinterpret_cast<uint4*>(shared.bins)[i] = {0, 0, 0, 0};
     __syncthreads();
 }
 
-// Before row_stats<COUNT>. Bins are made for this temperature.
+// Before own_stats<COUNT>. Bins are made for this temperature.
 template <class Row>
 __device__ __forceinline__ void begin_histogram(const Row& row, Shared& shared, float temperature) {
     clear_bins(shared);
@@ -339,16 +354,16 @@ __device__ __forceinline__ void begin_histogram(const Row& row, Shared& shared, 
     __syncthreads();
 }
 
-// Before row_stats<LIST>: choose the cut so that the `count` highest logits will be listed and the list will suffice.
+// Before own_stats<LIST>: choose the cut so that the `count` highest logits will be listed and the list will suffice.
 // Returns whether that can be expected; it is a guess from a sample.
 template <class Row>
 __device__ __forceinline__ bool begin_list(const Row& row, Shared& shared, int count) {
-    // Of the sampled vectors' maxima, the one that many are at or above. The row has about `ratio` times as many.
-    const float ratio = fmaxf(1.0f, static_cast<float>(row.vocab_size) / (THREADS * Row::WIDTH));
+    // Of the threads' maxima, the one that many are at or above. The row has about `ratio` times as many.
+    const float ratio = fmaxf(1.0f, static_cast<float>(row.vocab_size) / (SAMPLED * THREADS * Row::WIDTH));
     const float least = count / ratio;
-    const int many = static_cast<int>(least + 5.0f * sqrtf(least) + 10.0f);
+    const int many = static_cast<int>(least + 4.0f * sqrtf(least) + 4.0f);
     clear_list(shared);
-    if (many * ratio > LIST * 0.6f || many > THREADS / 8) return false;
+    if (many * ratio > LIST * 0.6f || many > THREADS / 4) return false;
     const uint32_t key = order_key(fmaxf(own_sample(row), LOWEST));
     uint32_t cut = 0;
     for (uint32_t bit = 1u << 31; bit >= 1u << 12; bit /= 2)  // the lower bits are not worth their barriers
@@ -358,16 +373,33 @@ __device__ __forceinline__ bool begin_list(const Row& row, Shared& shared, int c
     return true;
 }
 
-// What the first pass does besides: fill shared.bins, or list the logits from shared.cut on.
-enum class First { NOTHING, COUNT, LIST };
+// What the first pass does besides: fill shared.bins, list the logits from shared.cut on, or copy the row.
+enum class First { NOTHING, COUNT, LIST, COPY };
+
+// Where a row is copied as fp32; `blank` writes −∞ instead.
+struct Copy {
+    float* values = nullptr;
+    bool blank = false;
+
+    template <class Row>
+    __device__ __forceinline__ void store(const Row& row, int id, const float (&x)[Row::WIDTH]) const {
+        if (id >= row.vocab_size) return;
+#pragma unroll
+        for (int j = 0; j < Row::WIDTH; j += 4)
+            *reinterpret_cast<float4*>(values + id + j) =
+                blank ? float4{-INFINITE, -INFINITE, -INFINITE, -INFINITE} : float4{x[j], x[j + 1], x[j + 2], x[j + 3]};
+    }
+};
 
 // Whether the first pass has listed the `count` highest logits, all of them.
 __device__ __forceinline__ bool list_suffices(const Shared& shared, int count) {
     return count <= shared.list_length && shared.list_length <= LIST;
 }
 
+// One pass over the row: the stats of what this thread has of it.
 template <First FIRST, class Row>
-__device__ __forceinline__ Stats row_stats(const Row& row, Shared& shared, Stream& stream, const Source& then) {
+__device__ __forceinline__ Stats own_stats(
+    const Row& row, Shared& shared, Stream& stream, const Source& then, const Copy& copy = {}) {
     const Bins bins = FIRST == First::COUNT ? shared.histogram : Bins();
     const float cut = FIRST == First::LIST ? shared.cut : INFINITE;
     Stats own;
@@ -401,6 +433,10 @@ __device__ __forceinline__ Stats row_stats(const Row& row, Shared& shared, Strea
                 for (int j = 0; j < Row::WIDTH; ++j) bins.count(x[i][j], bins_address);
             }
         }
+        if constexpr (FIRST == First::COPY) {
+#pragma unroll
+            for (int i = 0; i < VECTORS; ++i) copy.store(row, batch.id + i * batch.STRIDE, x[i]);
+        }
         if (FIRST == First::LIST && highest >= cut) {
 #pragma unroll
             for (int i = 0; i < VECTORS; ++i) {
@@ -410,6 +446,12 @@ __device__ __forceinline__ Stats row_stats(const Row& row, Shared& shared, Strea
             }
         }
     });
+    return own;
+}
+
+// The row's stats, in all threads.
+template <class Row>
+__device__ __forceinline__ Stats join_stats(const Row& row, Shared& shared, Stream& stream, const Stats& own) {
     Stats all = reduce_threads(own, Stats{}, shared.scratch, join);
     if (all.sum != all.sum) {  // maxima do not hand on NaN, sums do
         float sum = 0;

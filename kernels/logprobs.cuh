@@ -57,6 +57,12 @@ __device__ __forceinline__ void report_top(Shared& shared, int vocab_size, int c
     __syncthreads();
 }
 
+// Log-probability and rank of a token whose logit is the highest.
+__device__ __forceinline__ void report_highest(const Stats& stats, const Report& report) {
+    report.logprobs[report.index] = stats.logprob(stats.top);
+    report.ranks[report.index] = 1;
+}
+
 // Log-probability and rank of a token, once report_top has reported `count` tokens (or 0). `highest` says that the caller
 // knows its logit to be the highest.
 template <class Row>

@@ -37,13 +37,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prompt_logprobs(
         const Report report{chosen_logprobs, ranks, top_ids, top_logprobs, i};
         const int wanted = logprobs[i];
         stream.prepare(source_of(row));
-        if (wanted > 0 && begin_list(row, shared, wanted)) {
-            keep_stats(shared, row_stats<First::LIST>(row, shared, stream, then));
-        } else {
-            keep_stats(shared, row_stats<First::NOTHING>(row, shared, stream, source_of(row)));
-        }
+        const bool lists = wanted > 0 && begin_list(row, shared, wanted);
+        const Stats own = lists ? own_stats<First::LIST>(row, shared, stream, then)
+                                : own_stats<First::NOTHING>(row, shared, stream, source_of(row));
+        keep_stats(shared, join_stats(row, shared, stream, own));
         if (wanted > 0) {
-            if (list_suffices(shared, min(wanted, vocab_size)))
+            if (lists && list_suffices(shared, min(wanted, vocab_size)))
                 sort_list(shared, shared.list_length);
             else
                 list_top(row, shared, stream, false, wanted);

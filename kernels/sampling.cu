@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
     int* ranks,               // [*]
     int* top_ids,             // [*, MAX_TOP]
     float* top_logprobs,      // [*, MAX_TOP]
-    int* counters,            // [2] rows taken beyond the first of each CTA, CTAs done; 0 between launches
+    int* counters,            // [2] rows taken beyond the first two of each CTA, CTAs done; 0 between launches
     float* scratch,           // [gridDim.x, scratch_stride] edited rows
     int scratch_stride) {
     extern __shared__ uint4 shared_memory[];
@@ -69,8 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
     __shared__ RowScalars scalars[2];
     __shared__ int next_rows[2];
     grid_dependency_launch();
-    grid_dependency_wait();
-    const int end = *count;
+    const int end = load_input(count);
     auto fetch = [&](int i, RowScalars& into) {
         if (threadIdx.x != 0 || i >= end) return;
         copy_4(&into.choice.temperature, temperature + i);
@@ -93,13 +92,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
             copy_4(&into.words[j], bad_words_indptr + i + j);
         }
     };
-    // Rows are taken one ahead as well.
-    if (threadIdx.x == 0 && static_cast<int>(blockIdx.x) < end) next_rows[0] = gridDim.x + atomicAdd(&counters[0], 1);
     auto row_of = [&](int i) { return LogitsRow{logits + static_cast<int64_t>(i) * stride, vocab_size}; };
     auto source_at = [&](int i) { return i < end ? source_of(row_of(i)) : Source{}; };
-    Stream stream(shared);
+    // What describes the rows is an input of the step; the kernel before writes logits and may still write tokens.
     fetch(blockIdx.x, scalars[0]);
     copies_commit();
+    // Rows are taken one ahead as well. The first two of each CTA are given.
+    if (threadIdx.x == 0) next_rows[0] = blockIdx.x + gridDim.x;
+    grid_dependency_wait();
+    Stream stream(shared);
     stream.begin(source_at(blockIdx.x));
     int parity = 0;
     for (int i = blockIdx.x; i < end; parity ^= 1) {
@@ -109,38 +110,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
         fetch(next, scalars[parity ^ 1]);
         copies_commit();
         int after_next = 0;
-        if (threadIdx.x == 0 && next < end) after_next = gridDim.x + atomicAdd(&counters[0], 1);
+        if (threadIdx.x == 0 && next < end) after_next = 2 * gridDim.x + atomicAdd(&counters[0], 1);
 
         const RowScalars& own = scalars[parity];
         const Choice& choice = own.choice;
         const LogitsRow row = row_of(i);
         const Report report{chosen_logprobs, ranks, top_ids, top_logprobs, i};
         const int wanted = own.wanted, position = static_cast<int>(choice.noise.position);
+        auto write_token = [&](int row_index, int token) {
+            token_ids[row_index] = token;
+            tokens[static_cast<int64_t>(own.slot) * tokens_stride + position] = max(token, 0);  // may be embedded next
+        };
         const bool drawn = choice.temperature > 0, edited = own.edited();
         const bool few = drawn && choice.top_k > 0 && choice.top_k < vocab_size, share = drawn && choice.top_p < 1;
 
         // What is read after the last pass over this row, as far as can be told, and after any other.
-        const Source again = source_of(row), last = either(drawn && wanted >= 0, again, source_at(next));
+        auto again = [&] { return source_of(row); };
+        auto last = [&] { return either(drawn && wanted >= 0, again(), source_at(next)); };
 
         // The first pass lists the highest logits where a known number of them will do, and counts where it is not known.
         const int listed = min(max(wanted, few && !edited ? choice.top_k : 0), vocab_size);
-        const bool counts = share && !few && !edited;
+        const bool counts = share && !few && !edited, plain = !drawn && !edited && wanted <= 0;
+        const bool lists = !counts && listed > 0 && begin_list(row, shared, listed);
+        const Copy copy{scratch + static_cast<int64_t>(blockIdx.x) * scratch_stride, own.allowed[1] > own.allowed[0]};
         Left left = Left::NOTHING;
-        if (!counts && listed > 0 && begin_list(row, shared, listed)) {
-            const bool done = !edited && (!drawn || few);
-            keep_stats(shared, row_stats<First::LIST>(row, shared, stream, either(done, last, again)));
-            if (list_suffices(shared, listed)) {
-                left = Left::LIST;
-                sort_list(shared, shared.list_length);
-            }
-        } else if (counts || (few && !edited)) {
+        Stats part;
+        if (lists) {
+            part = own_stats<First::LIST>(row, shared, stream, either(!edited && (!drawn || few), last(), again()));
+        } else if (edited) {
+            part = own_stats<First::COPY>(row, shared, stream, Source{}, copy);
+        } else if (counts || few) {
             begin_histogram(row, shared, choice.temperature);
-            keep_stats(shared, row_stats<First::COUNT>(row, shared, stream, again));
+            part = own_stats<First::COUNT>(row, shared, stream, again());
             left = Left::HISTOGRAM;
         } else {
-            keep_stats(shared, row_stats<First::NOTHING>(row, shared, stream, either(drawn || edited || wanted > 0, again, last)));
+            part = own_stats<First::NOTHING>(row, shared, stream, either(plain, last(), again()));
         }
+        const Stats raw = join_stats(row, shared, stream, part);
         if (threadIdx.x == 0) next_rows[parity ^ 1] = after_next;
+        if (plain && (raw.sound() || wanted < 0)) {
+            // One thread reads the token's neighbours again; the others go on.
+            if (threadIdx.x == THREADS - 1) {
+                const int token = raw.sound() ? first_highest(row, raw) : -1;
+                if (wanted >= 0) report_highest(raw, report);
+                write_token(i, token);
+            }
+            i = next;
+            continue;
+        }
+        keep_stats(shared, raw);
+        if (lists && list_suffices(shared, listed)) {
+            left = Left::LIST;
+            sort_list(shared, shared.list_length);
+        }
         if (wanted > 0) {
             if (left != Left::LIST && !list_top(row, shared, stream, left == Left::HISTOGRAM, wanted)) left = Left::NOTHING;
             report_top(shared, vocab_size, wanted, report);
@@ -157,15 +179,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
                 bias_ids + own.biases[0], bias_values + own.biases[0], own.biases[1] - own.biases[0],
                 tokens + static_cast<int64_t>(own.slot) * tokens_stride, position, prompt_lens[i],
                 own.presence, own.frequency, own.repetition};
-            return edit_row(row, scratch + static_cast<int64_t>(blockIdx.x) * scratch_stride, edits, shared, stream);
+            if (lists)
+                stream.sweep(row, [&](int id, const float (&x)[LogitsRow::WIDTH]) { copy.store(row, id, x); });
+            return edit_row(row, copy.values, edits, shared);
         };
         auto stats_of_edited = [&](const Fp32Row& of) {
             stream.prepare(source_of(of));
-            const Source then = either(drawn, source_of(of), last);
+            const Source then = either(drawn, source_of(of), last());
             left = few || share ? Left::HISTOGRAM : Left::NOTHING;
-            if (left == Left::NOTHING) return row_stats<First::NOTHING>(of, shared, stream, then);
-            begin_histogram(of, shared, choice.temperature);
-            return row_stats<First::COUNT>(of, shared, stream, then);
+            if (left == Left::HISTOGRAM) begin_histogram(of, shared, choice.temperature);
+            const Stats own = left == Left::HISTOGRAM ? own_stats<First::COUNT>(of, shared, stream, then)
+                                                      : own_stats<First::NOTHING>(of, shared, stream, then);
+            return join_stats(of, shared, stream, own);
         };
         int token;
         const bool usable = shared.stats.sound();
@@ -187,10 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
         token = choose(chosen_from, stats, left);
 #endif
         if (wanted >= 0) report_chosen(row, shared, stream, max(token, 0), !drawn && !edited && usable, wanted, report);
-        if (threadIdx.x == 0) {
-            token_ids[i] = token;
-            tokens[static_cast<int64_t>(own.slot) * tokens_stride + position] = max(token, 0);  // may be embedded next
-        }
+        if (threadIdx.x == 0) write_token(i, token);
         i = next;
         stream.prepare(source_at(i));
     }

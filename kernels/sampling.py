@@ -17,6 +17,9 @@ and Gumbel-max as on the CPU, with its logarithms worked out only where a cheap 
 Penalties, bias, allowed ids and bad words act on an fp32 copy of the row. Rows that ask for none of this pay for none
 of it.
 
+``num_samples`` and the fields of SamplingBatch are inputs of the step: they are read before the kernel before has
+ended, and must not be its output.
+
 ``PromptLogprobs`` does the log-probabilities alone, for given tokens.
 """
 
@@ -32,9 +35,9 @@ LogitsType = Literal["bf16", "fp32"]
 LOGITS_TYPES: tuple[LogitsType, ...] = ("bf16", "fp32")
 MAX_LOGPROBS = 20  # MAX_TOP of logits.cuh
 
-_THREADS = 512
+_THREADS = 256
 _CTAS_PER_SM = 2
-_SHARED_BYTES = 51 * 1024 + 6 * 16 * _THREADS  # at least Shared and the ring of logits.cuh
+_SHARED_BYTES = 51 * 1024 + 8 * 16 * _THREADS  # at least Shared and the ring of logits.cuh
 _COUNTER_BYTES = 256
 _COMMON = ("logprobs.cuh", "select.cuh", "logits.cuh", "reduce.cuh", "memory.cuh", "hopper.cuh")
 _SAMPLE_PARAMETERS: tuple[ParameterKind, ...] = (

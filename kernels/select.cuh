@@ -215,22 +215,35 @@ __device__ __forceinline__ int find_tie(const Row& row, Shared& shared, Stream& 
 
 // Sort the first `length` entries: highest value first, lowest id first among equal ones (bitonic; Batcher 1968).
 __device__ __forceinline__ void sort_list(Shared& shared, int length) {
-    const int size = length < 2 ? length : 1 << (32 - __clz(length - 1));
+    const int size = length <= 32 ? 32 : 1 << (32 - __clz(length - 1));
     for (int i = length + threadIdx.x; i < size; i += THREADS) shared.list[i] = ~0ull;
     __syncthreads();
-    for (int run = 2; run <= size; run *= 2) {
-        for (int stride = run / 2; stride; stride /= 2) {
+    // Exchanges over less than 32 stay within the lanes of a warp.
+    auto exchange_lanes = [&](int first_run, int last_run) {
+        for (int at = threadIdx.x; at < size; at += THREADS) {
+            uint64_t own = shared.list[at];
+            for (int run = first_run; run <= last_run; run *= 2) {
+                for (int stride = min(run, 32) / 2; stride; stride /= 2) {
+                    const uint64_t other =
+                        shuffle_words(own, [&](uint32_t word) { return __shfl_xor_sync(~0u, word, stride); });
+                    const bool lower = ((at & run) == 0) == ((at & stride) == 0);  // of the two is wanted
+                    own = lower == (other < own) ? other : own;
+                }
+            }
+            shared.list[at] = own;
+        }
+        __syncthreads();
+    };
+    exchange_lanes(2, 32);
+    for (int run = 64; run <= size; run *= 2) {
+        for (int stride = run / 2; stride >= 32; stride /= 2) {
             for (int pair = threadIdx.x; pair < size / 2; pair += THREADS) {
                 const int at = 2 * pair - (pair & (stride - 1));
                 const uint64_t a = shared.list[at], b = shared.list[at + stride];
                 if ((a > b) == ((at & run) == 0)) shared.list[at] = b, shared.list[at + stride] = a;
             }
-            // Exchanges over at most 32 stay within the 64 entries of a warp.
-            if (stride > 32 || (stride == 1 && run >= 64))
-                __syncthreads();
-            else
-                __syncwarp();
+            __syncthreads();
         }
+        exchange_lanes(run, run);
     }
-    __syncthreads();
 }
