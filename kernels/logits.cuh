@@ -93,6 +93,9 @@ struct alignas(16) Shared {
     Bins histogram;  // what the bins are
 };
 
+// The logit; −∞ for NaN.
+__device__ __forceinline__ float counted_logit(float x) { return fmaxf(x, -INFINITE); }
+
 // ---- Rows ----
 
 struct Bf16Row {

@@ -25,7 +25,7 @@ __device__ __forceinline__ bool list_top(const Row& row, Shared& shared, Stream&
             stream.sweep(row, [&](int id, const float (&x)[Row::WIDTH]) {
 #pragma unroll
                 for (int j = 0; j < Row::WIDTH; ++j) {
-                    const float value = fmaxf(x[j], -INFINITE);  // of NaN
+                    const float value = counted_logit(x[j]);
                     if (value > low || (value == low && id + j <= tie && id + j < row.vocab_size))
                         push(shared, value, id + j);
                 }
@@ -68,8 +68,7 @@ __device__ __forceinline__ void report_highest(const Stats& stats, const Report&
 template <class Row>
 __device__ __forceinline__ void report_chosen(
     const Row& row, Shared& shared, Stream& stream, int id, bool highest, int count, const Report& report) {
-    float value = highest ? shared.stats.top : row.at(id);
-    value = value == value ? value : -INFINITE;
+    const float value = highest ? shared.stats.top : counted_logit(row.at(id));
     int above = 0;
     if (value == shared.stats.top) {
         above = 0;

@@ -130,7 +130,7 @@ __device__ __forceinline__ Refined refine(
         stream.sweep(row, [&](int id, const float (&x)[Row::WIDTH]) {
 #pragma unroll
             for (int j = 0; j < Row::WIDTH; ++j) {
-                const float value = x[j] == x[j] ? x[j] : -INFINITE;
+                const float value = counted_logit(x[j]);
                 const uint32_t key = order_key(value);
                 const float w = weight(value);
                 total += value >= floor ? w : 0.0f;
@@ -183,16 +183,17 @@ __device__ __forceinline__ Refined refine(
     }
 }
 
-// Id of the `count`-th token that has this value, in the order of ids.
+// Id of the `count`-th token that has this value, in the order of ids; the last token's if there are fewer.
 template <class Row>
 __device__ __forceinline__ int find_tie(const Row& row, Shared& shared, Stream& stream, float value, uint32_t count) {
     int shift = 0;
     while (row.vocab_size - 1 >> shift >= BINS) ++shift;
     clear_bins(shared);
+    if (threadIdx.x == 0) shared.tie = row.vocab_size - 1;
     stream.sweep(row, [&](int id, const float (&x)[Row::WIDTH]) {
 #pragma unroll
         for (int j = 0; j < Row::WIDTH; ++j)
-            if (x[j] == value && id + j < row.vocab_size) atomicAdd(&shared.bins[(id + j) >> shift], 1u);
+            if (counted_logit(x[j]) == value && id + j < row.vocab_size) atomicAdd(&shared.bins[(id + j) >> shift], 1u);
     });
     __syncthreads();
     const int share = BINS / THREADS, first = threadIdx.x * share;
@@ -202,10 +203,9 @@ __device__ __forceinline__ int find_tie(const Row& row, Shared& shared, Stream& 
     if (before < count && count <= before + own) {
         int bin = first;
         while (before + shared.bins[bin] < count) before += shared.bins[bin++];
-        int id = bin << shift;
-        for (;; ++id)
-            if (row.at(id) == value && ++before == count) break;
-        shared.tie = id;
+        const int begin = bin << shift, end = min(begin + (1 << shift), row.vocab_size);
+        for (int id = begin; id < end && before < count; ++id)
+            if (counted_logit(row.at(id)) == value && ++before == count) shared.tie = id;
     }
     __syncthreads();
     return shared.tie;

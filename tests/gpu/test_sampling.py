@@ -285,6 +285,41 @@ def test_rows_without_a_choice(dtype: str, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
+@pytest.mark.parametrize("vocab_size", [4096, 40000])
+def test_rows_of_nan(dtype: str, vocab_size: int) -> None:
+    """All of a row counts as −∞: more ties than the list of candidates holds, and the lowest ids are listed."""
+    logits = np.random.default_rng(4).standard_normal((6, vocab_size)).astype(np.float32)
+    logits[:4] = NAN
+    rows = batch(6, temperature=[0, 1, 0, 1, 0, 1], top_p=[1, 0.9, 1, 1, 1, 1], logprobs=[5, 5, 0, -1, 5, 5])
+    found = check(logits, rows, dtype)
+    assert (found.token_ids[:4] == -1).all()
+    assert (found.token_ids[4:] >= 0).all()
+    assert (found.top_ids[:2, :5] == np.arange(5)).all()
+
+
+@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
+@pytest.mark.parametrize("vocab_size", [5000, 40000])
+def test_fewer_numbers_than_asked_for(dtype: str, vocab_size: int) -> None:
+    """Top-k and log-probabilities that reach beyond what is finite, to ties at −∞; in the odd rows with NaN in between."""
+    rng, count = np.random.default_rng(vocab_size), 16
+    logits = np.full((count, vocab_size), -INF, np.float32)
+    logits[1::4, ::3] = NAN
+    logits[3::4, :2600] = NAN  # more than the list of candidates holds
+    for row in logits:
+        row[rng.permutation(vocab_size)[:7]] = rng.normal(0, 3, 7)
+    rows = batch(
+        count,
+        temperature=[0, 0, 1, 1] * 4,
+        top_k=[8, 8, 8, 8, 50, 50, 50, 50, 3000, 3000, 3000, 3000, 0, 0, 0, 0],
+        top_p=[1, 1, 1, 1, 0.7, 0.7, 0.7, 0.7] * 2,
+        logprobs=[20, 20, 20, 20, 3, 3, 9, 9, 0, 0, 0, 0, 12, 12, 12, 12],
+    )
+    found = check(logits, rows, dtype)
+    assert (found.token_ids[1::2] == -1).all()
+    assert (found.token_ids[::2] >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
 def test_equal_logits_everywhere(dtype: str) -> None:
     """More ties than the list of candidates holds: the lowest ids are kept."""
     logits = np.full((6, 50000), 1.5, np.float32)
