@@ -50,4 +50,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prompt_logprobs(
         }
         report_chosen(row, shared, stream, targets[i], false, wanted, report);
     }
+    stream.prepare(Source{});  // what was begun in vain must not arrive in another CTA's memory
 }
