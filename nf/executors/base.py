@@ -18,7 +18,7 @@ class TopLogprobs:
 
     logprobs: NDArray[np.float32]  # [N] of the chosen token, before temperature and penalties
     ranks: NDArray[np.int32]  # [N] 1 is the most likely
-    top_ids: NDArray[np.int32]  # [N, K] most likely first; -1 where there is none, as where a row's logits are NaN
+    top_ids: NDArray[np.int32]  # [N, K] most likely first; -1 where there is none, as beyond what a row asked for
     top_logprobs: NDArray[np.float32]  # [N, K]
 
 

@@ -300,7 +300,7 @@ def test_rows_of_nan(dtype: str, vocab_size: int) -> None:
 @pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
 @pytest.mark.parametrize("vocab_size", [5000, 40000])
 def test_fewer_numbers_than_asked_for(dtype: str, vocab_size: int) -> None:
-    """Top-k and log-probabilities that reach beyond what is finite, to ties at −∞; in the odd rows with NaN in between."""
+    """Top-k and log-probabilities reach beyond what is finite, to ties at −∞; odd rows have NaN in between."""
     rng, count = np.random.default_rng(vocab_size), 16
     logits = np.full((count, vocab_size), -INF, np.float32)
     logits[1::4, ::3] = NAN
@@ -338,6 +338,7 @@ def test_only_the_rows_there_are(dtype: str) -> None:
     rows, tokens = batch(9, temperature=1.0, logprobs=2), np.full((9, LENGTH), -3, np.int32)
     launch = Launch(logits, rows, tokens, dtype, sms=2)
     launch.num_samples.fill_(0)
+    torch.cuda.synchronize()  # the count must not be written by the kernel before
     launch()  # loads the kernel, which a capture must not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
