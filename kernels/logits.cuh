@@ -92,6 +92,7 @@ struct alignas(16) Shared {
     Stats stats;     // of the raw logits
     Bins histogram;  // what the bins are
 };
+static_assert(sizeof(Shared) <= 51 * 1024, "what sampling.py asks for at the launch, beside the ring");
 
 // The logit; −∞ for NaN.
 __device__ __forceinline__ float counted_logit(float x) { return fmaxf(x, -INFINITE); }
