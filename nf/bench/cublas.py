@@ -24,7 +24,7 @@ def gemm(x: Any, w: Any, y: Any) -> Call:
     output = _FP32 if y.dtype == "float32" else _BF16
     pointers = [ctypes.c_void_p(array.data.ptr) for array in (w, x, y)]
 
-    def call(stream: int) -> None:
+    def call(stream: int, _keep: Any = (x, w, y)) -> None:
         library.cublasSetStream_v2(handle, ctypes.c_void_p(stream))
         # Column-major: yᵀ [n, m] = w·xᵀ.
         status = library.cublasGemmEx(

@@ -26,7 +26,10 @@ def device() -> Device:
     return Device()
 
 
-@pytest.fixture(params=[{}, {"num_experts": 8, "experts_per_token": 2}], ids=["dense", "experts"])
+EXPERTS = {"architecture": "MixtralForCausalLM", "num_experts": 8, "experts_per_token": 2}
+
+
+@pytest.fixture(params=[{}, EXPERTS], ids=["dense", "experts"])
 def bench(request: pytest.FixtureRequest, device: Device) -> Iterator[GpuBench]:
     made = GpuBench(model_for_gpu(**request.param).config, EXTENT, device, run=0.02)
     yield made
