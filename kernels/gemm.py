@@ -37,6 +37,8 @@ Output = Literal["bfloat16", "float32"]
 
 TABLE = Path(__file__).with_name("gemm_table.json")
 TILE_K = 64
+EVICTIONS = ("", "nf", "lf", "fl")
+_SWAPPED = "swapped"
 _PARAMETERS: tuple[ParameterKind, ...] = (*("pointer",) * 6, *("int32",) * 7)
 _COMPILED: dict[Epilogue, str] = {"none": "none", "bias": "add", "residual": "add", "swiglu": "swiglu"}
 _DSL_TYPES: dict[Output, str] = {"bfloat16": "BFloat16", "float32": "Float32"}
@@ -48,6 +50,10 @@ class GemmConfig:
 
     ``tile_m`` rows of x times ``tile_n`` rows of W; swapped, rows of W times rows of x, for few rows of x. A cluster
     is cluster_m × cluster_n tiles that share their operands by multicast, times ``split`` CTAs that share a tile's K.
+
+    ``evict`` tells the L2 cache how to treat x and W, a letter each: it drops "f" first, "l" last and "n" as it likes;
+    empty: it is told nothing. A wave of tiles reads as much of both as the cache can hold, so without being told it
+    has dropped what the next wave reads again.
     """
 
     tile_m: int
@@ -56,19 +62,26 @@ class GemmConfig:
     cluster_n: int = 1
     split: int = 1
     swap: bool = False
+    evict: str = ""
 
     @property
     def label(self) -> str:
-        """E.g. ``128x256_2x1x1``, ``64x16_1x1x2_swapped``."""
+        """E.g. ``128x256_2x1x1``, ``64x16_1x1x2_swapped``, ``256x192_1x2x1_lf``."""
         cluster = f"{self.cluster_m}x{self.cluster_n}x{self.split}"
-        return f"{self.tile_m}x{self.tile_n}_{cluster}{'_swapped' if self.swap else ''}"
+        options = [_SWAPPED] * self.swap + [self.evict] * bool(self.evict)
+        return "_".join([f"{self.tile_m}x{self.tile_n}", cluster, *options])
 
     @classmethod
     def from_label(cls, label: str) -> GemmConfig:
-        tile, cluster, *swapped = label.split("_")
+        """Raises ValueError if it is none."""
+        tile, cluster, *options = label.split("_")
         tile_m, tile_n = map(int, tile.split("x"))
         cluster_m, cluster_n, split = map(int, cluster.split("x"))
-        return cls(tile_m, tile_n, cluster_m, cluster_n, split, bool(swapped))
+        swap = _SWAPPED in options
+        (evict,) = options[swap:] or [""]
+        if evict not in EVICTIONS:
+            raise ValueError(label)
+        return cls(tile_m, tile_n, cluster_m, cluster_n, split, swap, evict)
 
     @property
     def cluster_size(self) -> int:
@@ -116,6 +129,7 @@ class GemmConfig:
             "warpgroups": self.warpgroups,
             "swap": self.swap,
             "residents": self.residents,
+            "evict": self.evict,
             "epilogue": compiled,
             "out": _DSL_TYPES[output],
             "grouped": grouped,

@@ -28,7 +28,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import BFloat16, Float32, Int32, const_expr, cute, pipeline
+from cutlass import BFloat16, Float32, Int32, Int64, const_expr, cute, pipeline
 from cutlass._mlir.dialects.nvvm import MemScopeKind
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_ptr
@@ -71,7 +71,7 @@ class Gemm(GemmUnits):
         X = cute.make_tensor(x, cute.make_layout((capacity, k), stride=(k, 1)))
         W = cute.make_tensor(w, cute.make_layout((n, k), stride=(k, 1)))
         if const_expr(self.grouped):
-            expert_stride = cute.assume(cutlass.Int64(n) * cutlass.Int64(k), 8)
+            expert_stride = cute.assume(Int64(n) * Int64(k), 8)
             W = cute.make_tensor(w, cute.make_layout((n, k, num_experts), stride=(k, 1, expert_stride)))
         Y = cute.make_tensor(y, cute.make_layout((capacity, columns), stride=(columns, 1)))
         E = cute.make_tensor(extra, cute.make_layout((capacity, n), stride=(extra_stride, 1)))
@@ -101,8 +101,8 @@ class Gemm(GemmUnits):
 
         @cute.struct
         class Shared:
-            barriers: cute.struct.MemRange[cutlass.Int64, self.stages * 2]
-            exchange: cute.struct.MemRange[cutlass.Int64, 2]
+            barriers: cute.struct.MemRange[Int64, self.stages * 2]
+            exchange: cute.struct.MemRange[Int64, 2]
             left: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(left_layout)], 1024]
             right: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(right_layout)], 1024]
             y: cute.struct.Align[cute.struct.MemRange[self.out, y_size], 1024]
@@ -249,6 +249,11 @@ class Gemm(GemmUnits):
     def _partition(atom, rank, peers, shared, tiled):
         return cpasync.tma_partition(atom, rank, peers, cute.group_modes(shared, 0, 2), cute.group_modes(tiled, 0, 2))
 
+    @staticmethod
+    def _load(atom, source, target, full, mask, policy):
+        hint = {} if policy is None else {"cache_policy": Int64(policy)}
+        cute.copy(atom, source, target, tma_bar_ptr=full, mcast_mask=mask, **hint)
+
     @cute.jit
     def _produce(
         self, ring, left_load, left, right_load, right, s_left, s_right, e_load, E, sE, has_rows, room, drained,
@@ -291,10 +296,10 @@ class Gemm(GemmUnits):
                     full, at = ring.producer_get_barrier(state), (None, state.index)
                     if const_expr(self.swap):
                         source = from_l[(None, k_first + k_tile)]
-                        cute.copy(left_load, source, to_left[at], tma_bar_ptr=full, mcast_mask=left_mask)
+                        self._load(left_load, source, to_left[at], full, left_mask, self.left_policy)
                     else:
                         source = from_r[(None, k_first + k_tile)]
-                        cute.copy(right_load, source, to_right[at], tma_bar_ptr=full, mcast_mask=right_mask)
+                        self._load(right_load, source, to_right[at], full, right_mask, self.right_policy)
                     state.advance()
         if const_expr(self.residents > 1):
             cute.arch.griddepcontrol_launch_dependents()  # the next kernel finds room beside this one
@@ -309,10 +314,10 @@ class Gemm(GemmUnits):
                     full, at = ring.producer_get_barrier(again), (None, again.index)
                     if const_expr(self.swap):
                         source = from_r[(None, k_first + k_tile)]
-                        cute.copy(right_load, source, to_right[at], tma_bar_ptr=full, mcast_mask=right_mask)
+                        self._load(right_load, source, to_right[at], full, right_mask, self.right_policy)
                     else:
                         source = from_l[(None, k_first + k_tile)]
-                        cute.copy(left_load, source, to_left[at], tma_bar_ptr=full, mcast_mask=left_mask)
+                        self._load(left_load, source, to_left[at], full, left_mask, self.left_policy)
                     again.advance()
 
         while work < m_tiles * n_tiles:
@@ -327,8 +332,8 @@ class Gemm(GemmUnits):
             for k_tile in cutlass.range(k_first + early, k_last, unroll=1):
                 ring.producer_acquire(state)
                 full, at = ring.producer_get_barrier(state), (None, state.index)
-                cute.copy(left_load, from_l[(None, k_tile)], to_left[at], tma_bar_ptr=full, mcast_mask=left_mask)
-                cute.copy(right_load, from_r[(None, k_tile)], to_right[at], tma_bar_ptr=full, mcast_mask=right_mask)
+                self._load(left_load, from_l[(None, k_tile)], to_left[at], full, left_mask, self.left_policy)
+                self._load(right_load, from_r[(None, k_tile)], to_right[at], full, right_mask, self.right_policy)
                 state.advance()
             early = Int32(0)
             if const_expr(self.split > 1):
@@ -507,11 +512,11 @@ class Gemm(GemmUnits):
 
 def build(
     tile_m: int, tile_n: int, cluster_m: int, cluster_n: int, split: int, warpgroups: int, swap: bool, residents: int,
-    epilogue: Any, out: str, grouped: bool,
+    evict: str, epilogue: Any, out: str, grouped: bool,
 ) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
     """The jit function and example arguments of one configuration."""
     out_type = getattr(cutlass, out)
-    tile = GemmTile(tile_m, tile_n, cluster_m, cluster_n, split, warpgroups, swap, residents)
+    tile = GemmTile(tile_m, tile_n, cluster_m, cluster_n, split, warpgroups, swap, residents, evict)
     gemm = Gemm(tile, epilogue, out_type, grouped=grouped)
 
     def pointer(dtype: Any, align: int = 16) -> Any:

@@ -15,6 +15,8 @@ from cutlass import Float32, Int32, const_expr, cute
 TILE_K = 64  # one 128-byte swizzle row of bf16
 SHARED_BYTES = 228 * 1024  # of an SM
 SHARED_RESERVED = 1024  # of an SM's 228 KB, by every resident CTA
+EVICTION = {"n": None, "f": 0x12F0000000000000, "l": 0x14F0000000000000}
+"""L2 cache policies, as ``createpolicy.fractional`` of PTX makes them for all of an access."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class GemmTile:
     warpgroups: int  # that multiply: 1 or 2
     swap: bool
     residents: int  # CTAs that share an SM
+    evict: str  # how L2 treats x and W, a letter each; see GemmConfig
 
 
 class GemmUnits:
@@ -74,6 +77,8 @@ class GemmUnits:
         store_bytes = self.consumers * self.store_stages * 64 * self.store_columns * out.width // 8
         stage_bytes = (tile.tile_m + tile.tile_n) * TILE_K * 2
         self.residents = tile.residents
+        policies = [EVICTION[letter] for letter in tile.evict] or [None, None]
+        self.left_policy, self.right_policy = reversed(policies) if tile.swap else policies
         shared_bytes = SHARED_BYTES // tile.residents - SHARED_RESERVED
         self.stages = (shared_bytes - 1024 - store_bytes) // stage_bytes
         # Behind a tile's operands the ring carries the partial sums of the peers ("parts": one unit of one peer), where

@@ -4,6 +4,8 @@
     python scripts/tune_gemm.py measure --bundle DIR --sms 132 --out a.json    # on the GPU, needs cupy
     python scripts/tune_gemm.py reduce a.json [b.json …]                   # anywhere; writes the table
 
+``--evict nf lf fl``, given to both of the first, also tries the best few with the L2 cache told what to drop.
+
 For every shape, number of rows and SM budget, candidates are timed one after the other, each once the card has settled
 at the clock that its power allows, between two timings of cuBLAS. Candidates are those that the cost rule thinks best,
 and those that earlier records have near the best. ``reduce`` then picks few configurations: for every point one that is
@@ -17,6 +19,7 @@ import functools
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from nf.cli.parser import CommandParser
 from nf.errors import NfError
 from nf.kernels.compile import compile_kernels, load_bundle
 from nf.kernels.gemm import (
+    EVICTIONS,
     TABLE,
     Epilogue,
     Gemm,
@@ -50,6 +54,7 @@ WARM_SECONDS, SETTLE_SECONDS, SLICE_SECONDS = 0.3, 0.1, 0.12  # before a point; 
 NEAR = 1.05  # of an earlier record's best
 TOLERANCE = 1.02  # of a point's best: what may be chosen for it
 FULL_ROWS, FULL_TOLERANCE = 2048, 1.01  # a full batch, where most time goes
+EVICTING, EVICTING_ROWS = 3, 512  # candidates of a point that are tried with evictions, and on how many rows at least
 
 
 def candidates() -> list[GemmConfig]:
@@ -96,7 +101,8 @@ def _key(point: dict[str, Any]) -> Point:
 def measure(args: argparse.Namespace) -> None:
     record = new_record()
     configs = _configs(args)
-    kernels = GemmKernels(KernelLoader(load_bundle(_sources(configs, args.names), "sm_90a", args.bundle)))
+    sources = _sources(configs, args.names, args.evict)
+    kernels = GemmKernels(KernelLoader(load_bundle(sources, "sm_90a", args.bundle)))
     earlier = near_the_best(args.previous)
     started = time.monotonic()
     for model in args.models:
@@ -130,6 +136,13 @@ def _configs(args: argparse.Namespace) -> list[GemmConfig]:
     return candidates() if args.all else list(configurations())
 
 
+def _evicting(config: GemmConfig, evictions: list[str]) -> list[GemmConfig]:
+    """Variants in which the L2 cache is told what to drop."""
+    if config.swap or config.evict:  # few rows read W once, whatever L2 keeps
+        return []
+    return [replace(config, evict=evict) for evict in evictions]
+
+
 def _config(label: str) -> GemmConfig:
     try:
         return GemmConfig.from_label(label)
@@ -137,8 +150,9 @@ def _config(label: str) -> GemmConfig:
         raise argparse.ArgumentTypeError(f"takes labels such as {configurations()[0].label}, not {label!r}") from None
 
 
-def _sources(configs: list[GemmConfig], names: list[str]) -> list[KernelSource]:
+def _sources(configs: list[GemmConfig], names: list[str], evictions: list[str]) -> list[KernelSource]:
     """Plain products with the outputs that the products named have."""
+    configs = configs + [variant for config in configs for variant in _evicting(config, evictions)]
     outputs: list[Output] = ["bfloat16"] if set(names) - {HEAD} else []
     outputs += ["float32"] if HEAD in names else []
     return [c.source("none", output) for output in outputs for c in configs if c.serves("none", output)]
@@ -173,6 +187,9 @@ def _measure_shape(
             known = [c for c in earlier.get((n, k, sms, rows), []) if c.config in configs][: args.count]
             rule = shortlist(n, k, rows, sms, configs, args.count, epilogue, output)
             choices = [*known, *(c for c in rule if c not in known)][: args.count]
+            if rows >= EVICTING_ROWS:
+                told = [(one, config) for one in choices[:EVICTING] for config in _evicting(one.config, args.evict)]
+                choices += [GemmChoice(config, one.group) for one, config in told]
             choices += [GemmChoice(c) for c in args.also if c.serves(epilogue, output) and GemmChoice(c) not in choices]
             gemms = [kernels.product(n, k, rows, sms=sms, choice=choice, output=output) for choice in choices]
 
@@ -286,6 +303,9 @@ def main() -> None:
         command.add_argument("--all", action="store_true", help="all candidates, not only those the table names")
         command.add_argument("--configs", nargs="+", type=_config, metavar="LABEL", help="these candidates")
         command.add_argument("--names", nargs="+", choices=NAMES, default=NAMES, help="of products")
+        command.add_argument(
+            "--evict", nargs="+", choices=EVICTIONS[1:], default=[], metavar="XW", help="evictions to try: nf, lf, fl"
+        )
         if name == "measure":
             command.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
             command.add_argument("--previous", nargs="*", type=Path, default=[], help="records that name candidates")
@@ -307,7 +327,7 @@ def main() -> None:
     reducing.add_argument("--only", nargs="+", metavar="LABEL", help="choose among these, e.g. those that passed tests")
     args = parser.parse_args()
     if args.command == "compile":
-        for artifact in compile_kernels(_sources(_configs(args), args.names), "sm_90a", folder=args.bundle):
+        for artifact in compile_kernels(_sources(_configs(args), args.names, args.evict), "sm_90a", folder=args.bundle):
             for used in artifact.resources:
                 print(f"{artifact.source.name}: {used.registers} registers, {used.stack_bytes} B of stack")
     elif args.command == "measure":

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from nf.kernels.compile import Artifact
+from nf.kernels.gemm import GemmConfig
 from nf.kernels.registry import all_sources, artifacts
 
 ARCH = "sm_90a"
@@ -16,7 +17,13 @@ STACK_BYTES = {"sample": 144}
 """Per thread, by entry; all others must do without. Two CTAs of sampling share an SM, which leaves a thread 128
 registers, and it spills what it touches once per row, never in a loop over the row."""
 
-SOURCES = {source.name: source for source in all_sources()}
+EVICTING = [
+    GemmConfig(256, 192, 1, 2, evict="lf").source("none"),
+    GemmConfig(64, 16, swap=True, evict="nf").source("none"),
+]
+"""As scripts/tune_gemm.py tries them; the table names none yet."""
+
+SOURCES = {source.name: source for source in [*all_sources(), *EVICTING]}
 
 
 @pytest.fixture(scope="session")

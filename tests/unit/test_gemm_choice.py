@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nf.errors import InputError
 from nf.kernels.gemm import (
+    EVICTIONS,
     GROUPED,
     TABLE,
     TILE_K,
@@ -40,6 +41,13 @@ def test_labels_name_configurations() -> None:
     for config in configurations():
         assert GemmConfig.from_label(config.label) == config
     assert GemmConfig.from_label("64x16_1x1x2_swapped") == GemmConfig(64, 16, split=2, swap=True)
+    for evict in EVICTIONS:
+        for swap in (False, True):
+            config = GemmConfig(128, 64, 2, swap=swap, evict=evict)
+            assert GemmConfig.from_label(config.label) == config
+    for wrong in ("128x64", "128x64_1x1x1_ff", "128x64_1x1x1_swapped_lf_nf"):
+        with pytest.raises(ValueError, match=r".+"):
+            GemmConfig.from_label(wrong)
 
 
 @settings(deadline=None, max_examples=200)
