@@ -1,16 +1,19 @@
-"""Host time of one launch of each kernel, from Python to the driver, as a capture pays it once per node of a graph."""
+"""Host time of one launch of each kernel, as a capture pays it once per node of a graph; the driver's part beside it."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 from nf.bench import decode_attention_cases, memory_cases, moe_cases, prefill_attention_cases, sampling_cases
 from nf.bench.gemm_cases import MODELS, Products
 from nf.bench.kernels import Bench, Row
 from nf.bench.measure import Call, Measurement
+from nf.kernels import stream
 
 LIMIT = 5e-6  # seconds
 LAUNCHES = 100  # in a row: fewer than the driver queues before it makes the host wait
@@ -19,9 +22,11 @@ ROWS = 16  # tokens
 
 
 def rows(bench: Bench) -> Iterator[Row]:
+    driver = _driver_seconds(bench)
     for name, launches, call in _calls(bench):
         seconds = host_seconds(call) / launches
-        yield Row("launch", name, Measurement(seconds, math.nan), 1, "launch", "5 µs", LIMIT / seconds, 1.0)
+        beside = (("the driver's own call", driver / seconds),)
+        yield Row("launch", name, Measurement(seconds, math.nan), 1, "launch", "5 µs", LIMIT / seconds, 1.0, beside)
 
 
 def _calls(bench: Bench) -> Iterator[tuple[str, int, Call]]:
@@ -40,17 +45,33 @@ def _calls(bench: Bench) -> Iterator[tuple[str, int, Call]]:
     yield "sampling", 1, sampling_cases.call(bench, "fp32", {}, sampling_cases.random_logits(bench, "fp32", 1.0))
 
 
+def _driver_seconds(bench: Bench) -> float:
+    """Of a launch whose arguments and place stand ready: what is left is ctypes and the driver."""
+    import cupy
+
+    memory, kernel = bench.normal(1024), bench.loader.cuda(stream.COPY.name)
+    on = cupy.cuda.Stream(non_blocking=True)
+    kernel(memory.data.ptr, memory.data.ptr, 1, grid=1, block=32, stream=on.ptr)
+    return _host_seconds(kernel._launch, on)
+
+
 def host_seconds(call: Call) -> float:
     """Median over rounds of the mean time that a call keeps the host, with an empty queue at the start of each."""
     import cupy
 
-    stream = cupy.cuda.Stream(non_blocking=True)
+    on = cupy.cuda.Stream(non_blocking=True)
+    return _host_seconds(partial(call, on.ptr), on)
+
+
+def _host_seconds(launch: Callable[[], object], on: Any) -> float:
+    import cupy
+
     cupy.cuda.Device().synchronize()  # the buffers were filled on another stream
     times = []
     for _ in range(ROUNDS):
         started = time.perf_counter()
         for _ in range(LAUNCHES):
-            call(stream.ptr)
+            launch()
         times.append((time.perf_counter() - started) / LAUNCHES)
-        stream.synchronize()
+        on.synchronize()
     return statistics.median(times)
