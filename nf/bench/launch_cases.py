@@ -1,4 +1,4 @@
-"""Host time of one launch of each kernel, as a capture pays it once per node of a graph; the driver's part beside it."""
+"""Host time of one launch of each kernel, as a capture pays it once per node of a graph, beside the driver's part."""
 
 from __future__ import annotations
 
