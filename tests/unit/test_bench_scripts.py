@@ -33,6 +33,7 @@ def load_script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     return module
 
