@@ -54,7 +54,9 @@ WARM_SECONDS, SETTLE_SECONDS, SLICE_SECONDS = 0.3, 0.1, 0.12  # before a point; 
 NEAR = 1.05  # of an earlier record's best
 TOLERANCE = 1.02  # of a point's best: what may be chosen for it
 FULL_ROWS, FULL_TOLERANCE = 2048, 1.01  # a full batch, where most time goes
-EVICTING, EVICTING_ROWS = 3, 512  # candidates of a point that are tried with evictions, and on how many rows at least
+GROUPS = (1, 4, 16)  # beside GemmChoice's own
+# What L2 keeps matters from so many rows on; so many candidates of a point are tried with evictions, in two orders.
+EVICTING_ROWS, EVICTING = 1024, 2
 
 
 def candidates() -> list[GemmConfig]:
@@ -75,10 +77,10 @@ def candidates() -> list[GemmConfig]:
 def shortlist(
     n: int, k: int, rows: int, sms: int, configs: list[GemmConfig], count: int, epilogue: Epilogue, output: Output
 ) -> list[GemmChoice]:
-    """The ``count`` cheapest by the rule; the best of them also with other groups where there are many rows."""
+    """The ``count`` cheapest by the rule; the best of them also in other orders where there are many rows."""
     able = [c for c in configs if c.split * 64 <= k and c.serves(epilogue, output) and (not c.swap or rows <= 256)]
     best = sorted(able, key=lambda config: cost(config, n, k, rows, sms))[:count]
-    groups = [GemmChoice(config, group) for config in best[:2] for group in (4, 16)] if rows >= 2048 else []
+    groups = [GemmChoice(config, group) for config in best[:2] for group in GROUPS] if rows >= EVICTING_ROWS else []
     return [*(GemmChoice(config) for config in best), *groups]
 
 
@@ -189,7 +191,7 @@ def _measure_shape(
             choices = [*known, *(c for c in rule if c not in known)][: args.count]
             if rows >= EVICTING_ROWS:
                 told = [(one, config) for one in choices[:EVICTING] for config in _evicting(one.config, args.evict)]
-                choices += [GemmChoice(config, one.group) for one, config in told]
+                choices += [GemmChoice(config, group) for one, config in told for group in {1, one.group}]
             choices += [GemmChoice(c) for c in args.also if c.serves(epilogue, output) and GemmChoice(c) not in choices]
             gemms = [kernels.product(n, k, rows, sms=sms, choice=choice, output=output) for choice in choices]
 
