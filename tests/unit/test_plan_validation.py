@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,20 @@ from hypothesis import strategies as st
 from plan_cases import LLAMA, MIXTRAL, operation_lists, plans
 
 from nf.errors import InputError, PlanError
-from nf.graphs.plan import NanoOperation, PipelinePlan, Stream, nano_batch_plan, sequential_plan, validate
+from nf.graphs.plan import (
+    NanoOperation,
+    PipelinePlan,
+    Stream,
+    cross_stream_waits,
+    load_plan,
+    nano_batch_plan,
+    sequential_plan,
+    unroll,
+    validate,
+)
 from nf.models.operations import Operation
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 PLAN = nano_batch_plan(LLAMA, 256)
 Change = Callable[[PipelinePlan], PipelinePlan]
@@ -163,6 +176,19 @@ def test_partitions_are_disjoint_and_a_stream_of_all_sms_takes_none() -> None:
             PlanError, match=r"^streams: their partitions ask for 140 SMs together, but the GPU has 132"
         ):
             validate(plan(*sms), LLAMA, gpu_sms=132)
+
+
+def test_the_example_runs_both_kinds_of_attention_side_by_side() -> None:
+    plan = load_plan(str(EXAMPLES / "prefill-beside-decode.json"), LLAMA)
+    validate(plan, LLAMA, gpu_sms=132)
+    steps = unroll(plan, LLAMA, 2)
+    index = {(step.operation.name, step.layer): i for i, step in enumerate(steps)}
+    for layer in range(2):
+        one, other = index["decode_attention", layer], index["prefill_attention", layer]
+        assert steps[one].stream != steps[other].stream
+        assert one not in steps[other].depends_on
+        assert other not in steps[one].depends_on
+        assert {one, other} <= set(cross_stream_waits(steps)[index["o_proj", layer]])
 
 
 def test_a_plan_of_another_model_is_refused() -> None:
