@@ -51,19 +51,22 @@ def step_plans(plan: PipelinePlan, operations: Sequence[Operation]) -> tuple[Ste
     smaller ones, whose nano-batches would be too small to be worth it.
 
     In a short step it matters that an operation without rows is launched and keeps the next one from starting early, so
-    small steps that only decode have graphs of their own, without what only prefill chunks need.
+    where a plan for few tokens is sequential there is a second graph, for steps that only decode, without what only
+    prefill chunks need.
 
     Args:
         operations: of one layer of the model.
     """
     every = tuple(operations)
     decode = tuple(operation for operation in every if operation.rows is not Rows.PREFILL)
-    *smaller, _ = capacities(plan.dense_batch_size)
     found = []
-    for size in smaller:
-        kinds = (decode, every) if size <= SHORT else (every,)
-        found += [StepPlan(sequential_plan(kind, size), kind) for kind in kinds]
-    return (*found, StepPlan(plan, every))
+    for size in capacities(plan.dense_batch_size):
+        sequential = sequential_plan(every, size)
+        own = plan if size == plan.dense_batch_size else sequential
+        if size <= SHORT and own.streams == sequential.streams:
+            found.append(StepPlan(sequential_plan(decode, size), decode))
+        found.append(StepPlan(own, every))
+    return tuple(found)
 
 
 class GraphPool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -51,7 +52,7 @@ class KernelLoader:
         return kernel
 
     def free(self) -> None:
-        """Unload; idempotent. Nothing may launch the kernels any more, nor any graph that has them be left."""
+        """Unload; idempotent. Nothing may launch the kernels any more, and no graph that has them may still exist."""
         self._undo.close()
 
 
@@ -80,17 +81,25 @@ class CuteKernel:
             raise _refusal(self.name, "launching", self._status.value)
 
 
-@functools.cache
+_LOADING = threading.Lock()
+
+
 def _launcher(path: Path) -> ctypes.CDLL:
     """The shared library of a CuTe DSL kernel, its cubin on the device, so that no launch or capture has to load it.
 
     It stays for as long as the process, and all executors share it: its launcher keeps the kernel in a variable of the
     library, of which a process has one however often it opens it. Loading the cubin again would put another kernel in
-    there, and unloading would leave none for other executors.
+    there, and unloading would leave none for other executors. All use the one device of the process.
 
     Raises:
         LaunchError: the driver refused.
     """
+    with _LOADING:  # engines may be started by several threads
+        return _loaded_launcher(path)
+
+
+@functools.cache
+def _loaded_launcher(path: Path) -> ctypes.CDLL:
     _load_runtime()
     library = ctypes.CDLL(str(path))
     module, status = ctypes.c_void_p(), ctypes.c_int32()
@@ -140,12 +149,20 @@ class CudaKernel:
         placed = (grid, block, stream, pdl)
         if placed != self._placed:
             self._place(*placed)
+        self.relaunch()
+
+    def relaunch(self) -> None:
+        """Launch as the last time, which takes little more than the driver's own part.
+
+        Raises:
+            LaunchError: the driver refused.
+        """
         status = self._launch()
         if status:
             raise _refusal(self.name, "launching", status)
 
     def unload(self) -> None:
-        """Unload the cubin; no launch may come or be under way, and no graph that has the kernel be left."""
+        """Unload the cubin; no launch may come or be under way, and no graph that has the kernel may still exist."""
         from cuda.bindings import driver
 
         checked(driver.cuLibraryUnload(self._library))

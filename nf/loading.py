@@ -79,6 +79,7 @@ def load(model: str | os.PathLike[str], **options: Unpack[Options]) -> Loaded:
         choice = choose_device(config.device, declared)
         level = logging.WARNING if choice.leaves_gpu else logging.INFO
         logger.log(level, "runs on %s: %s", choice.name, choice.reason)
+        assert (choice.name == "cuda") == (choice.kernels is not None)
         backend: Backend = GpuBackend(choice.kernels) if choice.kernels is not None else CpuBackend()
         if config.plan is None:
             plan = backend.stored_plan(declared, plan.dense_batch_size) or plan

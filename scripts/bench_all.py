@@ -14,7 +14,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ NF = f"{shlex.quote(sys.executable)} -m nf.cli"
 PYTHON = shlex.quote(sys.executable)
 MODEL = "--random-weights --shape llama-3-8b"
 SPARE = 1.5  # a run may take so many times what it is expected to
+GRACE_SECONDS = 5.0  # to end after SIGTERM
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +69,22 @@ RUNS = (
 )
 
 
-def fitting(runs: Iterable[Run], seconds: float, clock: Callable[[], float]) -> Iterator[Run]:
-    """The runs that can still be expected to end in time, each asked for when the one before it has ended."""
-    end = clock() + seconds
-    for run in runs:
-        if clock() + run.seconds <= end:
-            yield run
-        else:
-            print(f"{run.name}: left out, it takes about {run.seconds:.0f} s", flush=True)
-
-
-def execute(run: Run, out: Path, trace: str) -> str:
-    """Run it with its output in a file beside its record; how it ended."""
+def execute(run: Run, out: Path, trace: str, seconds: float) -> str:
+    """Run it for ``seconds`` at most, with its output in a file beside its record; how it ended."""
     command = shlex.split(run.command.format(out=shlex.quote(str(out / run.name)), trace=shlex.quote(trace)))
     with (out / f"{run.name}.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=SPARE * run.seconds, check=False
-            )
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
+            process.terminate()  # some keep what they have on this signal
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             return "took too long"
-    return "ok" if done.returncode == 0 else f"exit code {done.returncode}"
+    return "ok" if code == 0 else f"exit code {code}"
 
 
 def main() -> int:
@@ -98,17 +93,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where records and logs go")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--trace", metavar="FILE", help="CSV of lengths for the run of that name, else it is left out")
-    parser.add_argument("--seconds", type=float, default=1e9, metavar="S", help="that there are")
+    parser.add_argument("--seconds", type=float, default=1e9, metavar="S", help="for all of them together")
     args = parser.parse_args()
     if args.trace is not None and not Path(args.trace).is_file():
         parser.error(f"--trace: there is no file {args.trace}")
     args.out.mkdir(parents=True, exist_ok=True)
     out, trace = args.out.resolve(), str(Path(args.trace or "").resolve())
     wanted = [run for run in RUNS if run.name in args.only and (args.trace or "{trace}" not in run.command)]
-    wrong = False
-    for run in fitting(wanted, args.seconds, time.monotonic):
+    end, wrong = time.monotonic() + args.seconds, False
+    for run in wanted:
         started = time.monotonic()
-        ended = execute(run, out, trace)
+        if run.seconds > end - started:
+            print(f"{run.name}: left out, it takes about {run.seconds:.0f} s", flush=True)
+            continue
+        ended = execute(run, out, trace, min(SPARE * run.seconds, end - started))
         print(f"{run.name}: {ended}, {time.monotonic() - started:.0f} s", flush=True)
         wrong |= ended != "ok"
     return int(wrong)

@@ -9,14 +9,17 @@ longer of two times, for its arithmetic and for its memory traffic.
 
 from __future__ import annotations
 
-import json
+import math
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from nf.bench.ceilings import measure_ceilings
-from nf.bench.environment import environment
+from nf.bench.environment import environment, write_record
 from nf.bench.roofline import Ceilings
 from nf.bench.steady_step import measure_step, step_batch
+from nf.cli.files import check_writable
 from nf.cli.options import add_engine_options, engine_options, named_by_flag
 from nf.cli.parser import CommandParser
 from nf.errors import InputError, NfError
@@ -58,7 +61,10 @@ def measure(model: str, sequences: list[int], context: int, options: dict[str, A
             "joules_per_token": step.joules / count, "bound_ms": None if least is None else least * 1e3,
             "share": None if least is None else least / step.seconds,
         })  # fmt: skip
-    return {"benchmark": "decode", "model": model, "context": context, "environment": environment(), "rows": rows}
+    return {
+        "benchmark": "decode", "environment": environment(), "model": model, "options": asdict(config),
+        "context": context, "ceilings": None if ceilings is None else asdict(ceilings), "rows": rows,
+    }  # fmt: skip
 
 
 def bound(model: Model, sequences: int, context: int, ceilings: Ceilings) -> float:
@@ -73,7 +79,7 @@ def table(record: dict[str, Any]) -> list[str]:
     lines = ["sequences        ms   tokens/s  mJ/token  bound ms  share"]
     for row in record["rows"]:
         line = f"{row['sequences']:9} {row['ms']:9.3f} {row['tokens_per_second']:10,.0f} "
-        line += f"{row['joules_per_token'] * 1e3:9.1f}"
+        line += f"{row['joules_per_token'] * 1e3:9.1f}" if math.isfinite(row["joules_per_token"]) else f"{'–':>9}"
         lines.append(line if row["share"] is None else f"{line} {row['bound_ms']:9.3f} {row['share']:6.3f}")
     return lines
 
@@ -84,21 +90,21 @@ def main() -> int:
     parser.add_argument("--random-weights", action="store_true", help="draw weights instead of reading them")
     parser.add_argument("--sequences", type=int, nargs="+", default=list(SEQUENCES), help="that decode, several counts")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each (default %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the record to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record")
     add_engine_options(parser)
     args = parser.parse_args()
     if min(*args.sequences, args.context) < 1:
         parser.error("--sequences, --context: must be at least 1")
     options = {"random_weights": args.random_weights, "skip_tokenizer_init": True}
     try:
+        check_writable("--json", args.json)
         with named_by_flag():
             record = measure(args.model, args.sequences, args.context, options | engine_options(args))
-        if args.json:
-            with open(args.json, "w") as file:
-                json.dump(record, file, indent=1)
-    except (NfError, OSError) as error:
+    except NfError as error:
         print(f"bench_decode: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    if args.json is not None:
+        write_record(args.json, record)
     print("\n".join(table(record)))
     return 0
 

@@ -110,6 +110,8 @@ def main() -> int:
         for name, (n, k) in MODELS["llama-3-8b"].items():
             epilogue, columns = ("swiglu", 0.5) if name == "gate_up" else ("none", 1.0)
             chosen = choose(n, k, rows, SMS, epilogue)
+            if chosen.config.swap:
+                parser.error(f"--rows: for {rows} the operands of {name} are swapped, which this knows nothing of")
             own = traffic(chosen, n, k, rows, cache_mb * 1e6, output_columns=columns)
             seen = {
                 one: traffic(one, n, k, rows, cache_mb * 1e6, output_columns=columns) for one in variants(chosen.config)

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nf.bench.gemm_cases import HEADS, MODELS
+from nf.bench.gemm_cases import HEADS, MODELS, partition_stream
 from nf.bench.kernels import normal
 from nf.cli.parser import CommandParser
 from nf.errors import NfError
@@ -145,6 +145,10 @@ def _evicting(config: GemmConfig, evictions: list[str]) -> list[GemmConfig]:
     return [replace(config, evict=evict) for evict in evictions]
 
 
+def _with_evictions(configs: list[GemmConfig], evictions: list[str]) -> list[GemmConfig]:
+    return configs + [variant for config in configs for variant in _evicting(config, evictions)]
+
+
 def _config(label: str) -> GemmConfig:
     try:
         return GemmConfig.from_label(label)
@@ -154,7 +158,7 @@ def _config(label: str) -> GemmConfig:
 
 def _sources(configs: list[GemmConfig], names: list[str], evictions: list[str]) -> list[KernelSource]:
     """Plain products with the outputs that the products named have."""
-    configs = configs + [variant for config in configs for variant in _evicting(config, evictions)]
+    configs = _with_evictions(configs, evictions)
     outputs: list[Output] = ["bfloat16"] if set(names) - {HEAD} else []
     outputs += ["float32"] if HEAD in names else []
     return [c.source("none", output) for output in outputs for c in configs if c.serves("none", output)]
@@ -177,16 +181,17 @@ def _measure_shape(
     output: Output = "float32" if name == HEAD else "bfloat16"
     epilogue: Epilogue = "swiglu" if name == "gate_up" else "none"  # that it must serve; the plain product is timed
     ws = [normal(n, k) for _ in range(max(1, -(-COPIES_BYTES // (n * k * 2))))]
+    compiled = _with_evictions(configs, args.evict)
     for sms in args.sms:
         stream = cupy.cuda.Stream(non_blocking=True)
         if sms < cupy.cuda.Device().attributes["MultiProcessorCount"]:
-            stream = cupy.cuda.ExternalStream(_partition(sms))
+            stream = cupy.cuda.ExternalStream(partition_stream(sms))
         for rows in args.rows:
             if time.monotonic() - started > args.seconds:
                 return
             x, y = normal(rows, k), cupy.empty((rows, n), "f4" if name == HEAD else "u2")
             count = cupy.array([rows], cupy.int32)
-            known = [c for c in earlier.get((n, k, sms, rows), []) if c.config in configs][: args.count]
+            known = [c for c in earlier.get((n, k, sms, rows), []) if c.config in compiled][: args.count]
             rule = shortlist(n, k, rows, sms, configs, args.count, epilogue, output)
             choices = [*known, *(c for c in rule if c not in known)][: args.count]
             if rows >= EVICTING_ROWS:
@@ -211,13 +216,6 @@ def _measure_shape(
 
 def _call(gemm: Gemm, pointers: dict[str, int], stream: int) -> None:
     gemm(**pointers, stream=stream)
-
-
-@functools.cache
-def _partition(sms: int) -> int:
-    from nf.graphs.partition import required_partitions
-
-    return required_partitions((sms,))[0].stream()
 
 
 def _in_turn(stream: Any, calls: list[list[Any]], estimate: float) -> list[float]:

@@ -62,7 +62,7 @@ class Products:
         self.bytes = sum(n * k * 2 for n, k in shapes)
 
     def row(self, case: str, count: int, sms: int, floor: float | None) -> Row:
-        stream = None if sms == self.bench.sms else _stream(sms)
+        stream = None if sms == self.bench.sms else partition_stream(sms)
         reference, measured = _both(self.cublas(count), self.ours(count, sms), stream)
         return _row(case, measured, count * self.bytes, "cuBLAS", reference, floor)
 
@@ -122,7 +122,8 @@ def _call(bench: Bench, product: Gemm, w: Any, y: Any, extra: Any = None) -> Cal
 
 
 @functools.cache
-def _stream(sms: int) -> int:
+def partition_stream(sms: int) -> int:
+    """A stream on a partition of so many SMs."""
     from nf.graphs.partition import required_partitions
 
     return required_partitions((sms,))[0].stream()

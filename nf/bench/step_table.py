@@ -84,7 +84,7 @@ class StepTable:
         }
 
     def _row(self, name: str, parts: Sequence[Part]) -> dict[str, Any]:
-        """Some parts of one group as if they were one; of none of their work is nothing."""
+        """Some parts of one group as if they were one; without any there is no work, and rates are NaN."""
         seconds, work = sum(part.seconds for part in parts), sum(part.work for part in parts)
         rate = work / seconds if seconds else math.nan
         ceiling = parts[0].ceiling if parts else math.nan

@@ -18,7 +18,7 @@ from nf.graphs.partition import Lane
 from nf.graphs.plan import LayerStep, PipelinePlan, load_plan, unroll
 from nf.graphs.pool import GraphPool, capacities, step_plans
 from nf.kernels.device import DeviceMemoryError
-from nf.models.operations import Operation
+from nf.models.operations import Operation, Rows
 
 ORIGIN = 1
 
@@ -202,7 +202,11 @@ def test_every_batch_has_a_graph_of_at_most_twice_its_size(size: int) -> None:
             assert tokens <= chosen <= max(16, 2 * tokens)
             if 128 < tokens <= 2048:
                 assert chosen - tokens < 128
-            assert step.decode_only == (decode_only and chosen <= 512 and chosen < size)
+            kinds = {operation.rows for operation in step.operations}
+            if not decode_only:
+                assert Rows.PREFILL in kinds
+            elif tokens <= 384:  # its graph is for 512 tokens at most
+                assert Rows.PREFILL not in kinds
 
 
 @pytest.mark.parametrize("operations", [LLAMA, MIXTRAL], ids=["llama", "mixtral"])

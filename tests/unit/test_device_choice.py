@@ -159,11 +159,6 @@ def test_only_what_the_cache_lacks_is_compiled(
     assert compiled == [sources[0].name]
 
 
-def test_what_takes_longest_to_compile_is_begun_first() -> None:
-    """Sampling takes ten times as long as a product; begun last, it would be waited for by all other processes."""
-    assert all_sources()[0].name.startswith("sample")
-
-
 @pytest.mark.parametrize("has_compilers", [True, False])
 def test_kernels_of_another_version_are_found_out_before_any_work(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_compilers: bool

@@ -289,11 +289,11 @@ def test_no_more_steps_are_in_flight_than_there_are_events_to_time_them(card: Ca
 
 def test_a_step_replays_the_graph_of_its_size_and_kind_and_an_empty_one_none(card: Card) -> None:
     runs = executor(card, dense_batch_size=40)
-    assert card.captured == [(16, False), (16, True), (32, False), (32, True), (40, True)]
+    assert card.captured == [(16, False), (16, True), (32, False), (32, True), (40, False), (40, True)]
     steps = [step(tokens, decode_only) for decode_only in (False, True) for tokens in (0, 1, 16, 17, 32, 33, 40)]
     for index, one in enumerate(steps):
         runs.submit(one)
         card.results[index].set_result(result(0))
     runs.close()
     with_prompts = [(16, True)] * 2 + [(32, True)] * 2 + [(40, True)] * 2
-    assert card.launched == with_prompts + [(16, False)] * 2 + [(32, False)] * 2 + [(40, True)] * 2
+    assert card.launched == with_prompts + [(16, False)] * 2 + [(32, False)] * 2 + [(40, False)] * 2

@@ -165,10 +165,10 @@ def test_a_launcher_is_loaded_once_whoever_asks(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(load, "_load_runtime", lambda: None)
     monkeypatch.setattr(load, "_current_device", lambda: 3)
     monkeypatch.setattr(load.ctypes, "CDLL", lambda _path: Library())
-    load._launcher.cache_clear()
+    load._loaded_launcher.cache_clear()
     with pytest.raises(load.LaunchError, match=r"^product: loading it failed with CUDA error 209$"):
         load._launcher(Path("product.so"))
     found = load._launcher(Path("product.so"))
     assert load._launcher(Path("product.so")) is found
     assert calls == ["_mlir_nf_kernel_cuda_init", "_mlir_nf_kernel_cuda_load_to_device"] * 2
-    load._launcher.cache_clear()
+    load._loaded_launcher.cache_clear()
