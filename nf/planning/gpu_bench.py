@@ -76,7 +76,7 @@ class _Side:
 
     @property
     def depth(self) -> int:
-        """Replays to be enqueued and not done."""
+        """Replays to keep in flight."""
         return max(2, math.ceil(AHEAD_SECONDS / self.seconds))
 
 
@@ -108,6 +108,15 @@ class GpuBench:
             self._allocate(extent, decodes * extent.decode_contexts[-1], undo)
             self._undo = undo.pop_all()
 
+    @property
+    def broken(self) -> bool:
+        """See ``Bench``; a context that a kernel has ruined answers every call with an error from then on."""
+        try:
+            self._streams[0].synchronize()
+        except cuda.CudaError:
+            return True
+        return False
+
     def solo(self, key: SoloKey) -> Cost:
         operation, rows, sms, context = key
         tokens, batch = self._batch(operation, rows, context)
@@ -133,7 +142,12 @@ class GpuBench:
 
     def close(self) -> None:
         """Free everything; idempotent."""
-        self._undo.close()
+        broken = self.broken
+        try:
+            self._undo.close()
+        except cuda.CudaError:
+            if not broken:  # after a failed kernel, which was told, the driver refuses even to free
+                raise
 
     # ---- start ----
 
@@ -198,7 +212,8 @@ class GpuBench:
         stream.synchronize()
 
     def _lane_of(self, sms: Sms) -> Lane:
-        """A stream on one of the two partitions that a pair has, as making partitions takes time."""
+        """A stream for a solo. It runs on one partition of a pair, as making partitions takes time; the other stays
+        idle."""
         if sms == "all":
             return self._lanes_of("all")[0]
         left = self._device.sms - sms

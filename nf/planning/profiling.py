@@ -1,8 +1,9 @@
 """Filling a profile: which nano-operations are measured, on how many rows and SMs, and what runs beside what.
 
 How a point is measured is the bench's business (gpu_bench.py). What has been measured is kept as it comes in, so an
-interrupted run goes on where it stopped; a point that cannot be measured is told and left out. The whole GPU comes
-first, then one partition after the other: what an interrupted run has suffices for the plans on these.
+interrupted run goes on where it stopped; a point that cannot be measured is told and left out, a GPU on which nothing
+can be measured any more ends the run. The whole GPU comes first, then one partition after the other: what an
+interrupted run has suffices for the plans on these.
 
 Left out, because a plan of this engine cannot use it or another point stands for it: SM counts that are neither a
 partition for memory-bound operations nor what such a one leaves; norms, rotations and routers, which take little, on
@@ -37,6 +38,11 @@ Point = SoloKey | PairKey
 
 class Bench(Protocol):
     """Measures at steady state, in CUDA graphs, on one model's weights and KV pages."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether nothing can be measured any more, as after an illegal address: asked after a point that failed."""
+        ...
 
     def solo(self, key: SoloKey) -> Cost:
         """Time and energy of one run of a nano-operation that has the GPU, or its partition, to itself."""
@@ -197,8 +203,8 @@ def missing_points(profile: Profile, operations: Sequence[Operation], extent: Ex
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What a run did: points measured, points that were there before, points that are still missing, and how many of
-    these could not be measured."""
+    """What a run did: points measured, points that were there before, points that it did not come to, and points that
+    could not be measured."""
 
     measured: int
     known: int
@@ -224,32 +230,34 @@ def fill(
         progress: called with a few words after every point.
 
     Raises:
-        NfError: no point could be measured.
+        NfError: the bench is broken, or no point could be measured and none was there before.
     """
     missing = missing_points(profile, operations, extent)
     deadline, saved, measured = monotonic() + seconds, monotonic(), 0
-    failures: list[NfError | ValueError] = []
+    failures: list[NfError] = []
     try:
         for point in missing.points:
             if monotonic() >= deadline:
                 break
             try:
-                profile.add(_measure(bench, point))
-            except (NfError, ValueError) as error:
+                _add(profile, _measure(bench, point))
+            except NfError as error:
+                if bench.broken:
+                    raise
                 logger.warning("%s was not measured: %s", words(point), error)
                 failures.append(error)
-                continue
-            measured += 1
+            else:
+                measured += 1
             progress(words(point))
-            if monotonic() - saved > SAVE_SECONDS:
+            if measured and monotonic() - saved > SAVE_SECONDS:
                 save(profile)
                 saved = monotonic()
     finally:
         if measured:
             save(profile)
-    if failures and not measured:
+    if failures and not measured and not missing.known:
         raise failures[0]
-    return Filled(measured, missing.known, missing.count - measured, len(failures))
+    return Filled(measured, missing.known, missing.count - measured - len(failures), len(failures))
 
 
 def _measure(bench: Bench, point: Point) -> Solo | CoRun:
@@ -257,6 +265,18 @@ def _measure(bench: Bench, point: Point) -> Solo | CoRun:
         return bench.co_run(*point)
     cost = bench.solo(point)
     return Solo(*point, cost.seconds, cost.joules)
+
+
+def _add(profile: Profile, found: Solo | CoRun) -> None:
+    """Take a point in.
+
+    Raises:
+        NfError: it is no measurement, of no time for one.
+    """
+    try:
+        profile.add(found)
+    except ValueError as error:
+        raise NfError(str(error)) from error
 
 
 def words(point: Point) -> str:

@@ -24,6 +24,7 @@ class FormulaBench:
     """
 
     idle_watts, cap_watts = 120.0, 700.0
+    broken = False
 
     def __init__(self, kept: float = 0.97, speed: float = 0.9, fails_after: int | None = None) -> None:
         self.kept, self.speed, self.fails_after = kept, speed, fails_after

@@ -17,7 +17,7 @@ from nf.models.registry import declare
 from nf.models.shapes import shape
 from nf.planning import profiling as module
 from nf.planning.gpu_bench import RUN_SECONDS, WARM_SECONDS
-from nf.planning.profile import Profile
+from nf.planning.profile import Cost, Profile, SoloKey
 from nf.planning.profile_file import load_profile, read_profile, save_profile
 from nf.planning.profiling import (
     FULL_SECONDS,
@@ -31,6 +31,7 @@ from nf.planning.profiling import (
     wanted_pairs,
     wanted_points,
     wanted_solos,
+    words,
 )
 from nf.planning.resources import arrangements
 
@@ -73,9 +74,8 @@ def test_the_full_extent_goes_in_steps_of_128_rows_and_8_sms() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-3-8b", "qwen2-7b", "mixtral-8x7b"])
-def test_the_limits_suffice(name: str) -> None:
-    """With what a point takes: warming up, measuring, and some 70 ms of capturing, trying and waiting."""
-    operations, point = declare(shape(name)).operations, WARM_SECONDS + RUN_SECONDS + 0.07
+def test_the_limits_suffice_for_warming_up_and_measuring(name: str) -> None:
+    operations, point = declare(shape(name)).operations, WARM_SECONDS + RUN_SECONDS
     assert point * len(wanted_points(operations, quick_extent(2048, SMS))) < QUICK_SECONDS
     assert point * len(wanted_points(operations, full_extent(2048, SMS))) < FULL_SECONDS
 
@@ -164,14 +164,47 @@ def test_a_point_that_cannot_be_measured_is_told_and_left_out(caplog: pytest.Log
             if "16" in str(point):
                 raise InputError("sms", "this GPU cannot give a partition of 16 SMs")
 
-    profile = new_profile()
-    filled = fill(profile, Refusing(), MODEL.operations, EXTENT, save=lambda _: None)
+    profile, told = new_profile(), list[str]()
+    points = missing_points(profile, MODEL.operations, EXTENT).points
+    filled = fill(profile, Refusing(), MODEL.operations, EXTENT, save=lambda _: None, progress=told.append)
     left = missing_points(profile, MODEL.operations, EXTENT).points
-    assert filled.failed == filled.left == len(left) > 0
+    assert (filled.failed, filled.left) == (len(left), 0)
+    assert len(left) > 0
+    assert told == [words(point) for point in points]  # failed ones are behind us as well
     assert all("16" in str(point) for point in left)
     assert "16 SMs" in caplog.text
     with pytest.raises(CudaError, match="no more"):
         fill(new_profile(), _Stops(0), MODEL.operations, EXTENT, save=pytest.fail)
+
+
+def test_a_gpu_that_is_gone_ends_the_run_and_what_there_was_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    class Dies(_Stops):
+        @property
+        def broken(self) -> bool:  # type: ignore[override]
+            return self.points < 0
+
+    bench, saves = Dies(30), list[int]()
+    with pytest.raises(CudaError, match="no more"):
+        fill(new_profile(), bench, MODEL.operations, EXTENT, save=lambda p: saves.append(len(p.solos)))
+    assert (bench.points, saves) == (-1, [30])  # no further point was tried
+    assert caplog.text == ""
+
+
+def test_a_time_of_nothing_is_a_point_that_failed_and_a_mistake_in_the_bench_is_one_of_ours() -> None:
+    class Nothing(FormulaBench):
+        def solo(self, key: SoloKey) -> Cost:
+            return Cost(0.0, 0.0) if key[1] == 512 else super().solo(key)
+
+    filled = fill(new_profile(), Nothing(), MODEL.operations, EXTENT, save=lambda _: None)
+    assert filled.failed > 0
+    assert filled.left == 0
+
+    class Wrong(FormulaBench):
+        def solo(self, key: SoloKey) -> Cost:
+            raise ValueError(f"no such shape: {key}")
+
+    with pytest.raises(ValueError, match="no such shape"):
+        fill(new_profile(), Wrong(), MODEL.operations, EXTENT, save=pytest.fail)
 
 
 def test_a_filled_profile_is_all_that_the_search_needs() -> None:
