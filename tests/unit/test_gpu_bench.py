@@ -1,12 +1,15 @@
 """The bench of nano-operations without a GPU: real launches of real layers, kernels that only take their time.
 
-Streams are clocks, a kernel takes 10 µs of its stream's, and the host has memory in place of the device.
+Streams are clocks, a kernel takes 10 µs of its stream's, and the host has memory in place of the device. The host has
+a clock as well, which looking at it and sleeping move on.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -35,8 +38,26 @@ EXTENT = Extent((32, 64), (64,), (16, 32), (48, 96), (24,), (16, 24), (32,), 132
 KERNEL_SECONDS = 1e-5
 
 LAUNCHED: list[str] = []
-CLOCKS: defaultdict[int, float] = defaultdict(float)
+CLOCKS: defaultdict[int, float] = defaultdict(float)  # stream → when it is done with what is enqueued
 PACE: defaultdict[int, float] = defaultdict(lambda: 1.0)  # stream → how much longer everything takes
+
+
+class Time:
+    """The module ``time`` of the host."""
+
+    now = 0.0
+    slept = 0.0
+
+    @staticmethod
+    def perf_counter() -> float:
+        Time.now += 1e-6
+        return Time.now
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        Time.now += seconds
+        Time.slept += seconds
+        assert Time.slept < 20  # somebody waits for what does not come
 
 
 class Kernel:
@@ -64,16 +85,21 @@ class Memory(device_double.Memory):
 
 class Stream:
     made = 0
+    dead = False  # the GPU: every call is refused
 
     def __init__(self, _priority: int = 0) -> None:
         Stream.made += 1
         self.handle = Stream.made
 
     def synchronize(self) -> None:
+        if Stream.dead:
+            raise CudaError("the driver answered CUDA_ERROR_ILLEGAL_ADDRESS")
         device_double.finish()
+        Time.now = max(Time.now, CLOCKS[self.handle])
 
     def free(self) -> None:
-        pass
+        if Stream.dead:
+            raise CudaError("the driver refuses to free")
 
 
 class Event:
@@ -81,14 +107,14 @@ class Event:
         assert timing
 
     def record(self, stream: int) -> None:
-        self.moment = CLOCKS[stream]
+        self.moment = max(Time.now, CLOCKS[stream])
 
     def block(self, stream: int) -> None:
         CLOCKS[stream] = max(CLOCKS[stream], self.moment)
 
     @property
     def reached(self) -> bool:
-        return True  # the GPU is faster than the host
+        return self.moment <= Time.now
 
     def since(self, start: Event) -> float:
         return self.moment - start.moment
@@ -104,10 +130,18 @@ class Graph:
     def __init__(self, kernels: list[str], lanes: Sequence[Lane]) -> None:
         self.kernels, self.lanes = kernels, lanes
         self.late = Graph.hiccup
+        self.ends: list[float] = []
+        self.most = 0  # replays enqueued and not done, at any time
+        self.waited = 0.0  # seconds of its stream between two replays, with nothing enqueued
         Graph.live += 1
 
     def launch(self, stream: int) -> None:
-        CLOCKS[stream] += KERNEL_SECONDS * len(self.kernels) * PACE[stream] + self.late
+        start = max(Time.now, CLOCKS[stream])
+        if self.ends:
+            self.waited += start - CLOCKS[stream]
+        CLOCKS[stream] = start + KERNEL_SECONDS * len(self.kernels) * PACE[stream] + self.late
+        self.ends.append(CLOCKS[stream])
+        self.most = max(self.most, sum(end > Time.now for end in self.ends))
         self.late = self.late / 2 if self.late > 0.01 else 0.0
 
     def free(self) -> None:
@@ -163,7 +197,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (gpu_inputs, gpu_outputs, gpu_pages):
         monkeypatch.setattr(module, "PinnedMemory", Memory)
     doubles = {
-        "cuda": SimpleNamespace(Stream=Stream, Event=Event),
+        "cuda": SimpleNamespace(Stream=Stream, Event=Event, CudaError=CudaError),
+        "time": Time,
         "PowerMeter": Meter,
         "power_cap": lambda: 700.0,
         "artifacts": lambda *_: [],
@@ -182,6 +217,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     PACE.clear()
     CAPTURED.clear()
     Graph.live = 0
+    monkeypatch.setattr(Time, "now", 0.0)
+    monkeypatch.setattr(Time, "slept", 0.0)
+    monkeypatch.setattr(Stream, "dead", False)
     yield
     assert Graph.live == 0
 
@@ -191,8 +229,8 @@ def weights(model: Any) -> Any:
     return SimpleNamespace(embed=1, final_norm=1, lm_head=1, layers=layers, free=lambda: None)
 
 
-def bench(config: ModelConfig = LLAMA) -> GpuBench:
-    return GpuBench(config, EXTENT, DEVICE, run=0.01)
+def bench(config: ModelConfig = LLAMA, run: float = 0.01) -> GpuBench:
+    return GpuBench(config, EXTENT, DEVICE, run=run)
 
 
 @pytest.mark.parametrize("config", [LLAMA, MIXTRAL], ids=["llama", "mixtral"])
@@ -273,6 +311,98 @@ def test_two_side_by_side_are_each_timed_while_both_run() -> None:
     assert own._lane_of(24) is CAPTURED[-1].lanes[0]  # partitions are made once
     assert own._lane_of(108) is CAPTURED[1].lanes[0]
     own.close()
+
+
+PAIR = ("o_proj", 32, "all", 0), ("decode_attention", 32, "all", 48)
+
+
+def slow_beside(monkeypatch: pytest.MonkeyPatch, stream: int, pace: float) -> None:
+    """What a stream runs takes longer once something runs beside it."""
+    replay = gpu_bench._replay
+
+    def slower(*values: Any) -> Any:
+        PACE[stream] = pace
+        return replay(*values)
+
+    monkeypatch.setattr(gpu_bench, "_replay", slower)
+
+
+@pytest.mark.parametrize("pace", [1.0, 3.0])
+def test_both_sides_have_enough_enqueued_and_no_more_until_the_same_moment(
+    pace: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = bench(run=0.5)
+    slow_beside(monkeypatch, own._streams[0].handle, pace)
+    own.co_run(*PAIR)
+    own.close()
+    for graph, slower in zip(CAPTURED[1::2], (pace, 1.0), strict=True):
+        alone = KERNEL_SECONDS * len(graph.kernels)
+        depth = math.ceil(gpu_bench.AHEAD_SECONDS / alone)
+        assert depth > 2
+        assert graph.most == depth
+        assert graph.waited == 0
+        late = graph.ends[-1] - graph.ends[0] + slower * alone - (0.5 + gpu_bench.WARM_SECONDS)
+        assert 0 < late < (depth + 1) * slower * alone  # what is enqueued when time is up
+
+
+def test_two_replays_at_least_are_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_bench, "AHEAD_SECONDS", 1e-3)
+    own = bench(run=0.1)
+    own.solo(("qkv_proj", 64, "all", 0))
+    own.close()
+    assert (CAPTURED[-1].most, CAPTURED[-1].waited) == (2, 0)
+
+
+def test_a_side_that_is_slow_beside_the_other_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the three replays that tell its pace."""
+    own = bench()
+    slow_beside(monkeypatch, own._streams[0].handle, 47.0)  # 3 · 0.15 s, far more than it is measured for
+    pair = own.co_run(*PAIR)
+    own.close()
+    assert pair.first.seconds == pytest.approx(47 * KERNEL_SECONDS)
+    assert pair.second.seconds == pytest.approx(KERNEL_SECONDS)
+    slow, other = CAPTURED[1::2]
+    assert slow.most == math.ceil(gpu_bench.AHEAD_SECONDS / (KERNEL_SECONDS * len(slow.kernels)))
+    assert other.waited == 0
+    assert other.ends[-1] == pytest.approx(slow.ends[2], abs=gpu_bench.AHEAD_SECONDS + 5e-3)
+
+
+def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = bench()
+    slow_beside(monkeypatch, own._streams[0].handle, 1e6)
+    pair = own.co_run(*PAIR)
+    own.close()
+    other = CAPTURED[3]
+    taken = 0.01 + gpu_bench.WARM_SECONDS + gpu_bench.PATIENCE_SECONDS
+    assert other.ends[-1] - other.ends[0] == pytest.approx(taken, abs=gpu_bench.AHEAD_SECONDS + 5e-3)
+    assert pair.first.seconds > 100 * KERNEL_SECONDS
+
+
+def test_a_gpu_that_is_gone_is_told_by_its_first_error() -> None:
+    own, saves = bench(), list[int]()
+    assert not own.broken
+    profile = Profile(ProfileKey("A GPU", "1", "x"), "small", 132)
+
+    def progress(_: str) -> None:
+        if len(profile.solos) == 3:
+            Stream.dead = True
+
+    operations = own.model.operations
+    with pytest.raises(CudaError, match="ILLEGAL_ADDRESS"), closing(own):
+        fill(profile, own, operations, EXTENT, save=lambda p: saves.append(len(p.solos)), progress=progress)
+    assert own.broken
+    assert saves == [3]
+    own.close()
+
+
+def test_an_error_while_freeing_is_told_where_there_was_none_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Stream) -> None:
+        raise CudaError("the driver refuses to free")
+
+    monkeypatch.setattr(Stream, "free", refuse)
+    own = bench()
+    with pytest.raises(CudaError, match="refuses to free"):
+        own.close()
 
 
 def test_nothing_is_measured_on_partitions_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
