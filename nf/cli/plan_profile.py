@@ -29,6 +29,7 @@ What was measured with the same GPU, driver and kernels is kept, so an interrupt
 EXAMPLES = """\
 examples:
   nf plan profile llama-3-8b --quick
+  nf plan profile llama-3-8b --quick --profiles-dir out      on a borrowed machine: out/ is fetched
   nf plan profile ./mixtral --dense-batch-size 1024 --plot curves.svg
   nf plan profile llama-3-8b --profile measured.json --plot curves.svg      draw only, no GPU
 """
@@ -38,7 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a directory, a hub name, or a shape such as llama-3-8b")
     parser.add_argument("--dense-batch-size", type=int, default=2048, metavar="N", help="largest step (default 2048)")
     parser.add_argument("--quick", action="store_true", help="four batch sizes and four partitions, at most 3 minutes")
-    parser.add_argument("--seconds", type=float, metavar="S", help="measure for so long at most; the rest is left")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="measure for so long at most; the rest is left (default 690; 150 with --quick)",
+    )
+    parser.add_argument("--profiles-dir", metavar="DIR", help="keep profiles there (default: in the cache's folder)")
     parser.add_argument("--plot", metavar="FILE", help="draw what runs beside a GEMM keeps of its speed (SVG)")
     parser.add_argument("--profile", metavar="FILE", help="take this profile and measure nothing")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
@@ -59,9 +66,16 @@ def run(args: argparse.Namespace) -> int:
         profile = read_profile(Path(args.profile), shape_name(model.config))
         print(f"{len(profile.solos)} points alone and {len(profile.co_runs)} pairs in {args.profile}")
     else:
-        device = the_gpu(model)
+        folder = profile_folder() if args.profiles_dir is None else Path(args.profiles_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # what is wrong with it is told before anything is measured
         profile, filled, path = measured_profile(
-            model, device, args.dense_batch_size, quick=args.quick, quiet=args.quiet, seconds=args.seconds
+            model,
+            the_gpu(model),
+            args.dense_batch_size,
+            quick=args.quick,
+            quiet=args.quiet,
+            seconds=args.seconds,
+            folder=folder,
         )
         failed = f", {filled.failed} could not be" if filled.failed else ""
         left = f"; {filled.left} left: run it again to go on" if filled.left else ""
@@ -97,9 +111,17 @@ def profile_folder() -> Path:
 
 
 def measured_profile(
-    model: Model, device: Device, dense_batch_size: int, *, quick: bool, quiet: bool, seconds: float | None = None
+    model: Model,
+    device: Device,
+    dense_batch_size: int,
+    *,
+    quick: bool,
+    quiet: bool,
+    seconds: float | None = None,
+    folder: Path | None = None,
 ) -> tuple[Profile, Filled, Path]:
-    """The profile of ``model`` on ``device``, with what is missing measured now, for ``seconds`` at most."""
+    """The profile of ``model`` on ``device``, with what is missing measured now, for ``seconds`` at most, and kept in
+    ``folder``, the cache's if None."""
     from nf.graphs.plan_store import shape_name
     from nf.planning.gpu_bench import GpuBench, profile_key
     from nf.planning.profile import Profile
@@ -114,7 +136,7 @@ def measured_profile(
         quick_extent,
     )
 
-    folder, key, name = profile_folder(), profile_key(device), shape_name(model.config)
+    folder, key, name = folder or profile_folder(), profile_key(device), shape_name(model.config)
     extent = (quick_extent if quick else full_extent)(dense_batch_size, device.sms)
     profile = load_profile(folder, key, name) or Profile(key, name, device.sms)
     missing = missing_points(profile, model.operations, extent)

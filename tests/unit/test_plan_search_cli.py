@@ -194,38 +194,100 @@ def test_requests_are_cut_to_what_the_cache_holds(profile: str, capsys: pytest.C
     assert "270 in, 633 out: 1,435 decode tokens per step" in capsys.readouterr().out
 
 
-def test_a_profile_that_is_ended_is_kept_and_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Ended(FormulaBench):
-        """SIGTERM comes while the 30th point is measured; nothing is saved before."""
+class ProfileBench(FormulaBench):
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
 
-        def __init__(self, *_: Any) -> None:
-            super().__init__()
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def profiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A GPU as far as ``nf plan profile`` sees it; returns the folder of profiles in the cache."""
+    monkeypatch.setattr(plan_profile, "the_gpu", lambda _: SimpleNamespace(sms=SMS, name="NVIDIA H200"))
+    monkeypatch.setattr(gpu_bench, "profile_key", lambda _: KEY)
+    monkeypatch.setattr(gpu_bench, "GpuBench", ProfileBench)
+    monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "profiles"
+
+
+def test_what_is_left_of_a_profile_is_what_is_still_open(
+    profiles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(bench: ProfileBench, point: Any) -> None:
+        FormulaBench._count(bench, point)
+        if "16" in str(point):
+            raise NfError("no such partition")
+
+    monkeypatch.setattr(ProfileBench, "_count", refuse)
+    assert nf("profile", "llama-3-8b", "--quick") == 0
+    out, err = capsys.readouterr()
+    stored = read_profile(profiles / KEY.file_name, shape_name(MODEL.config))
+    measured = len(stored.solos) + len(stored.co_runs)
+    assert f"{measured} points measured, {162 - measured} could not be, 0 known before\n" in out
+    assert 0 < measured < 162
+    assert "162 of 162 points" in err
+    assert nf("profile", "llama-3-8b", "--quick", "-q") == 0
+    assert f"0 points measured, {162 - measured} could not be, {measured} known before\n" in capsys.readouterr().out
+
+    now, took = [0.0], ProfileBench._count
+
+    def long(bench: ProfileBench, point: Any) -> None:
+        now[0] += 1.0
+        took(bench, point)
+
+    monkeypatch.setattr(ProfileBench, "_count", long)
+    monkeypatch.setattr(profiling, "monotonic", lambda: now[0])
+    (profiles / KEY.file_name).unlink()
+    assert nf("profile", "llama-3-8b", "--quick", "-q", "--seconds", "150") == 0
+    assert " could not be, 0 known before; 12 left: run it again to go on\n" in capsys.readouterr().out
+
+
+def test_profiles_are_kept_where_they_are_wanted(
+    profiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "some" / "where"
+    argv = ("profile", "llama-3-8b", "--quick", "-q", "--profiles-dir", str(folder))
+    assert nf(*argv) == 0
+    assert capsys.readouterr().out.splitlines() == ["162 points measured, 0 known before", str(folder / KEY.file_name)]
+    assert len(read_profile(folder / KEY.file_name, shape_name(MODEL.config)).solos) == 142
+    assert not profiles.exists()
+    assert nf(*argv) == 0
+    assert "0 points measured, 162 known before" in capsys.readouterr().out
+    with pytest.raises(FileExistsError):
+        nf(*argv[:-1], str(folder / KEY.file_name))
+
+
+def test_the_limits_that_hold_where_none_is_given_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        nf("profile", "--help")
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"(default {profiling.FULL_SECONDS:g}; {profiling.QUICK_SECONDS:g} with --quick)" in told
+
+
+def test_a_profile_that_is_ended_is_kept_and_gone_on_with(
+    profiles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Ended(ProfileBench):
+        """SIGTERM comes while the 30th point is measured; nothing is saved before."""
 
         def _count(self, point: Any) -> None:
             super()._count(point)
             if len(self.measured) == 30:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        def close(self) -> None:
-            pass
-
-    device = SimpleNamespace(sms=SMS, name="NVIDIA H200")
-    monkeypatch.setattr(plan_profile, "the_gpu", lambda _: device)
-    monkeypatch.setattr(gpu_bench, "profile_key", lambda _: KEY)
     monkeypatch.setattr(gpu_bench, "GpuBench", Ended)
     monkeypatch.setattr(profiling, "SAVE_SECONDS", 1e9)
-    monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
         nf("profile", "llama-3-8b", "--quick", "-q")
     assert signal.getsignal(signal.SIGTERM) == before
-    (file,) = (tmp_path / "profiles").iterdir()
+    (file,) = profiles.iterdir()
     assert len(read_profile(file, shape_name(MODEL.config)).solos) in (29, 30)
     assert nf("profile", "llama-3-8b", "--quick", "-q", "--seconds", "0") == 0
     assert "0 points measured" in capsys.readouterr().out
-    monkeypatch.setattr(gpu_bench, "GpuBench", type("Bench", (Ended,), {"_count": FormulaBench._count}))
+    monkeypatch.setattr(gpu_bench, "GpuBench", ProfileBench)
     assert nf("profile", "llama-3-8b", "--quick") == 0
     out, err = capsys.readouterr()
     assert "known before\n" in out
