@@ -126,7 +126,12 @@ class IntegerProgram:
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
     """Some releases of HiGHS greet on standard output, whatever their options say, and results go there."""
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:
         yield

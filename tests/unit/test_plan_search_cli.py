@@ -189,6 +189,18 @@ def test_json_stands_alone_on_standard_output(profile: str) -> None:
 
 
 def test_requests_are_cut_to_what_the_cache_holds(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_solver_runs_without_a_standard_output() -> None:
+    script = """
+import os, sys
+from nf.planning.integer_program import IntegerProgram
+program = IntegerProgram()
+program.variable(0.0, 3.5, gain=1.0, integer=True)
+os.close(1)
+sys.exit(program.solve(1.0).values != (3.0,))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
     argv = ("search", "llama-3-8b", "--profile", profile, "--predict-only", "--count", "0", "-q")
     assert nf(*argv, "--decode-share", "0.7", "--kv-tokens", "898322") == 0
     assert "270 in, 633 out: 1,435 decode tokens per step" in capsys.readouterr().out
