@@ -207,7 +207,8 @@ def search(
                 means = tuple(_mean(a, b) for a, b in zip(result.measured, second, strict=True))
                 again.append(replace(result, measured=means))
         except NfError as error:
-            progress(f"{result.candidate.plan.name} again failed, so sequential stays: {error}")
+            name = result.candidate.plan.name
+            progress(f"sequential stays: there is no second measurement of {name} ({error})")
             return Search(tuple(loads), tuple(results), results[0])
         results[results.index(best)], results[0] = again[1], again[0]
         best = fastest(again)

@@ -41,10 +41,6 @@ class TableBench:
         return [Measurement(s := self.seconds(plan, load), 690 * s) for load in loads]
 
 
-def by_name(**times: float) -> Callable[[PipelinePlan, Load], float]:
-    return lambda plan, _: times.get(plan.name.replace("-", "_").split(",")[0], 1.0)
-
-
 def without_profile(loads_: Sequence[Load] = (LOAD,)) -> list[Candidate]:
     return candidates(MODEL, None, loads_, SMS)
 
@@ -104,6 +100,18 @@ def test_a_gain_that_does_not_come_again_is_none() -> None:
     )
     assert found.best is found.sequential
     assert found.results[2].measured[0].seconds == pytest.approx(1.0)  # the mean of both
+
+
+def test_a_gain_that_cannot_be_measured_again_is_none() -> None:
+    def seconds(plan: PipelinePlan, _: Load) -> float:
+        if bench.measured.count("nano-batch") > 1:
+            raise DeviceMemoryError("no memory left")
+        return 0.9 if plan.name == "nano-batch" else 1.0
+
+    bench, told = TableBench(seconds), list[str]()
+    found = search(without_profile(), [LOAD], bench, progress=told.append)
+    assert found.best is found.sequential
+    assert told[-1] == "sequential stays: there is no second measurement of nano-batch (no memory left)"
 
 
 def out_of_memory(plan: PipelinePlan, _: Load) -> float:
