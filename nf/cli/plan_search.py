@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ from nf.cli.plan_profile import measured_profile, the_gpu
 
 if TYPE_CHECKING:
     from nf.bench.steady_step import Load
+    from nf.graphs.pipeline_plan import PipelinePlan
     from nf.kernels.device import Device
     from nf.models.declaration import Model
-    from nf.planning.kept_steps import KeptSteps, MeasuredOn
+    from nf.planning.kept_steps import MeasuredOn, StepBench
     from nf.planning.profile import Profile
-    from nf.planning.search import Candidate
+    from nf.planning.search import Candidate, Search
 
 DESCRIPTION = """\
 Profile a model's nano-operations, look for the pipelines that should be the fastest (Stages I and
@@ -55,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile", metavar="FILE", help="take this profile and measure no nano-operation")
     add("--predict-only", action="store_true", help="measure no step; with --profile no GPU is needed")
     add("--results", metavar="FILE", help="keep measured steps there as they come; measure none that it has")
-    add("--measured", metavar="FILE", help="take the steps that --results kept and measure none; no GPU needed")
+    add(
+        "--measured",
+        metavar="FILE",
+        help="take the steps that --results kept and measure none; no GPU needed; --count, --seconds and --quick do "
+        "nothing then",
+    )
     add("--plans-dir", metavar="DIR", help="write the candidates there, as plan files")
     add("--store", metavar="DIR", help="keep the fastest plan there (default: where engines look for it)")
     add("--no-store", action="store_true", help="keep nothing")
@@ -64,52 +71,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-q", "--quiet", action="store_true", help="say nothing on the way")
 
 
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Where steps are measured, or were.
+
+    Args:
+        device: None where nothing is measured now.
+        on: what measured steps are valid for; None without a GPU and without such steps.
+        bench: None where steps are predicted only.
+        plans: that were measured before.
+    """
+
+    device: Device | None = None
+    on: MeasuredOn | None = None
+    bench: StepBench | None = None
+    plans: Sequence[PipelinePlan] = ()
+
+
 def run(args: argparse.Namespace) -> int:
     from nf.cli.estimate import model_config
-    from nf.errors import InputError
-    from nf.graphs.plan_store import shape_name
     from nf.models.registry import declare
-    from nf.planning.integer_program import solver
-    from nf.planning.kept_steps import open_steps, read_steps
     from nf.planning.loads import loads as all_loads
 
-    check_picture(args.plot)
-    if args.count < 0:
-        raise InputError("--count", f"must be at least 0, got {args.count}")
-    if args.kv_tokens is not None and args.kv_tokens < 1:
-        raise InputError("--kv-tokens", f"must be at least 1, got {args.kv_tokens}")
-    if not args.seconds >= 0:
-        raise InputError("--seconds", f"must be at least 0, got {args.seconds:g}")
-    not_measuring = [flag for flag in ("--predict-only", "--measured") if getattr(args, flag[2:].replace("-", "_"))]
-    if not_measuring and args.plot is not None:
-        raise InputError("--plot", f"needs a step that runs; leave out {not_measuring[0]}")
-    if len(not_measuring) == 2 or (not_measuring and args.results is not None):
-        raise InputError(not_measuring[0], f"cannot be used with {[*not_measuring, '--results'][1]}")
-    check_writable("--results", args.results)
-    if args.measured is not None:
-        args.count = 0  # what was measured is what there is
-    if args.count:
-        solver()  # before anything is measured for it
+    _check(args)
     if args.plans_dir is not None:
         Path(args.plans_dir).mkdir(parents=True, exist_ok=True)
     model = declare(model_config(args.model))
-    kept = read_steps(Path(args.measured), shape_name(model.config)) if args.measured is not None else None
-    needs_gpu = kept is None and (not args.predict_only or args.profile is None)
-    device = the_gpu(model) if needs_gpu else None
-    on = kept.on if kept is not None else None if device is None else _measured_on(model, device)
-    if args.results is not None and on is not None:
-        kept = open_steps(Path(args.results), on)
+    where = _where(args, model)
+    room = args.kv_tokens
+    if room is None and where.on is not None:
+        room = where.on.kv_tokens
     with named_by_flag():
-        room = on.kv_tokens if on is not None and args.kv_tokens is None else args.kv_tokens
         loads = all_loads(args.dense_batch_size, args.input_len, args.output_len, args.decode_share, room)
-    profile, wanted = _candidates(args, model, loads, device, kept)
+    profile, wanted = _candidates(args, model, loads, where)
     if args.plans_dir is not None:
         _write_plans(Path(args.plans_dir), wanted)
     if args.predict_only:
-        _print(args, _predicted(args, model, profile, wanted, loads))
-        return 0
-    assert on is not None
-    return _measure(args, model, device, on, kept, profile, wanted, loads)
+        result = _predicted(args, model, profile, wanted, loads)
+    else:
+        result = _measured(args, model, where, profile, wanted, loads)
+    _print(args, result)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be done before any work is.
+
+    Raises:
+        InputError: it names the option.
+    """
+    from nf.errors import InputError
+    from nf.planning.integer_program import solver
+
+    check_picture(args.plot)
+    bounded = ("--count", args.count, 0), ("--kv-tokens", args.kv_tokens, 1), ("--seconds", args.seconds, 0)
+    for flag, value, least in bounded:
+        if value is not None and not value >= least:
+            raise InputError(flag, f"must be at least {least}, got {value}")
+    if args.predict_only and args.measured is not None:
+        raise InputError("--predict-only", "cannot be used with --measured")
+    for flag, given in (("--predict-only", args.predict_only), ("--measured", args.measured is not None)):
+        if given and args.plot is not None:
+            raise InputError("--plot", f"needs a step that runs; leave out {flag}")
+        if given and args.results is not None:
+            raise InputError(flag, "cannot be used with --results")
+    check_writable("--results", args.results)
+    if _count(args):
+        solver()
+
+
+def _count(args: argparse.Namespace) -> int:
+    """Plans of Stages I and II that are looked for: none where steps were measured before, as only theirs count."""
+    return 0 if args.measured is not None else int(args.count)
+
+
+def _where(args: argparse.Namespace, model: Model) -> _Where:
+    from nf.graphs.plan_store import shape_name
+    from nf.planning.gpu_step_bench import GpuStepBench
+    from nf.planning.kept_steps import open_steps, read_steps
+
+    if args.measured is not None:
+        kept = read_steps(Path(args.measured), shape_name(model.config))
+        return _Where(on=kept.on, bench=kept, plans=kept.plans)
+    if args.predict_only and args.profile is not None:
+        return _Where()
+    device = the_gpu(model)
+    on = _measured_on(model, device)
+    if args.predict_only:
+        return _Where(device, on)
+    bench = GpuStepBench(model, device)
+    return _Where(device, on, bench if args.results is None else open_steps(Path(args.results), on, bench))
 
 
 def _measured_on(model: Model, device: Device) -> MeasuredOn:
@@ -127,7 +178,7 @@ def _measured_on(model: Model, device: Device) -> MeasuredOn:
 
 
 def _candidates(
-    args: argparse.Namespace, model: Model, loads: list[Load], device: Device | None, kept: KeptSteps | None
+    args: argparse.Namespace, model: Model, loads: list[Load], where: _Where
 ) -> tuple[Profile | None, list[Candidate]]:
     """What is worth measuring and the profile that says so; the user's files are read before the GPU is used."""
     from nf.graphs.plan import load_plan
@@ -135,25 +186,25 @@ def _candidates(
     from nf.planning.profile_file import read_profile
     from nf.planning.search import candidates
 
+    size, count = args.dense_batch_size, _count(args)
     profile = read_profile(Path(args.profile), shape_name(model.config)) if args.profile is not None else None
-    sms = device.sms if device is not None else kept.on.gpu_sms if kept is not None else 0
-    sms = sms or (profile.gpu_sms if profile is not None else 0)
-    assert sms  # without a GPU there is a profile, or what was measured
-    more = [load_plan(file, model.operations, args.dense_batch_size, gpu_sms=sms) for file in args.add]
-    if kept is not None and device is None:
-        more += [plan for plan in kept.plans if plan.dense_batch_size == args.dense_batch_size]
-    if profile is None and device is not None and args.count:
+    if where.on is not None:
+        gpu_sms = where.on.gpu_sms
+    else:
+        assert profile is not None  # without a GPU there is one, or what was measured
+        gpu_sms = profile.gpu_sms
+    more = [load_plan(file, model.operations, size, gpu_sms=gpu_sms) for file in args.add]
+    more += [plan for plan in where.plans if plan.dense_batch_size == size]
+    if profile is None and where.device is not None and count:
         _say(args, "profiling nano-operations")
-        profile = measured_profile(model, device, args.dense_batch_size, quick=args.quick, quiet=args.quiet)[0]
-    if (
-        profile is not None
-        and (largest := max((rows for _, rows, *_ in profile.solos), default=0)) < args.dense_batch_size
-    ):
-        _say(args, f"the profile ends at {largest:,} rows; what is beyond is extrapolated")
-    if profile is not None and args.count:
-        _say(args, "Stages I and II")
-    wanted = candidates(model, profile, loads, sms, count=args.count, seconds=args.seconds, more=more)
-    return profile, wanted
+        profile = measured_profile(model, where.device, size, quick=args.quick, quiet=args.quiet)[0]
+    if profile is not None:
+        largest = max((rows for _, rows, *_ in profile.solos), default=0)
+        if largest < size:
+            _say(args, f"the profile ends at {largest:,} rows; what is beyond is extrapolated")
+        if count:
+            _say(args, "Stages I and II")
+    return profile, candidates(model, profile, loads, gpu_sms, count=count, seconds=args.seconds, more=more)
 
 
 def _write_plans(folder: Path, wanted: list[Candidate]) -> None:
@@ -161,26 +212,22 @@ def _write_plans(folder: Path, wanted: list[Candidate]) -> None:
         (folder / f"{number:02}.json").write_text(candidate.plan.to_json(), encoding="utf-8")
 
 
-def _measure(
+def _measured(
     args: argparse.Namespace,
     model: Model,
-    device: Device | None,
-    on: MeasuredOn,
-    kept: KeptSteps | None,
+    where: _Where,
     profile: Profile | None,
     wanted: list[Candidate],
     loads: list[Load],
-) -> int:
-    """On ``device``; None takes what was ``kept``."""
-    from nf.planning.gpu_step_bench import GpuStepBench
+) -> dict[str, Any]:
+    """A search's record, the fastest plan stored and drawn."""
+    from nf.graphs.plan_store import save_plan
     from nf.planning.profile import ProfileKey
     from nf.planning.search import bounds, search
     from nf.planning.search_record import record
 
-    gpu_bench = GpuStepBench(model, device) if device is not None else None
-    if kept is not None:
-        kept.bench = gpu_bench
-    bench = kept or gpu_bench
+    on, bench = where.on, where.bench
+    assert on is not None
     assert bench is not None
     found = search(wanted, loads, bench, progress=lambda words: _say(args, words))
     key = ProfileKey(on.gpu, on.driver, on.kernels)
@@ -189,29 +236,26 @@ def _measure(
         head["profile"] = asdict(profile.key)
     result = record(found, bounds(model, profile, loads), head)
     if not args.no_store:
-        from nf.graphs.plan_store import save_plan
-
         folder = Path(args.store) if args.store else None
         best = replace(found.best.candidate.plan, model=Path(args.model).name, gpu=on.gpu)
         result["stored"] = str(save_plan(best, model.config, on.gpu, result, folder=folder))
     if args.plot is not None:
+        assert where.device is not None
         _say(args, "tracing")
-        _plot(args, model, gpu_bench, [found.sequential.candidate, found.best.candidate], wanted, loads[0])
-    _print(args, result)
-    return 0
+        _plot(args, model, where.device, found)
+    return result
 
 
-def _plot(
-    args: argparse.Namespace, model: Model, bench: Any, chosen: list[Candidate], wanted: list[Candidate], load: Load
-) -> None:
+def _plot(args: argparse.Namespace, model: Model, device: Device, found: Search) -> None:
     """Fig. 10: the sequential plan and the chosen one; if they are the same, the first that overlaps."""
+    from nf.planning.gpu_step_bench import GpuStepBench
     from nf.planning.hardware import accelerator
     from nf.planning.usage_picture import traced, usage_picture
 
-    before, after = chosen
-    if after is before or after.plan == before.plan:
-        after = next((c for c in wanted if len(c.plan.streams) > 1), before)
-    card = accelerator("auto")
+    before, after, load = found.sequential.candidate, found.best.candidate, found.loads[0]
+    if after.plan == before.plan:
+        after = next((r.candidate for r in found.results if len(r.candidate.plan.streams) > 1), before)
+    bench, card = GpuStepBench(model, device), accelerator("auto")
     steps = [
         traced(f"{c.plan.name} ({c.kind})", bench.trace(c.plan, load), model, load, card)
         for c in dict.fromkeys((before, after))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load, measure_step
@@ -15,6 +16,7 @@ from nf.executors.gpu_weights import random_device_weights
 from nf.executors.trace import Span
 from nf.graphs.partition import required_partitions
 from nf.graphs.pipeline_plan import PipelinePlan
+from nf.kernels.compile import Artifact
 from nf.kernels.device import Device
 from nf.kernels.registry import all_sources, artifacts
 from nf.models.declaration import Model
@@ -33,7 +35,11 @@ class GpuStepBench:
 
     def __init__(self, model: Model, device: Device, *, run: float = RUN_SECONDS) -> None:
         self._model, self._device, self._run_seconds = model, device, run
-        self._artifacts = artifacts(all_sources(), device.arch)
+
+    @cached_property
+    def _artifacts(self) -> Sequence[Artifact]:
+        """Every kernel, compiled for the first step: what is wrong with a user's files is told before."""
+        return artifacts(all_sources(), self._device.arch)
 
     def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
         with self._executor(plan, loads) as executor:

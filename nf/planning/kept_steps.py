@@ -61,8 +61,8 @@ class KeptSteps:
     """
 
     def __init__(self, path: Path, on: MeasuredOn, steps: Steps, bench: StepBench | None = None) -> None:
-        self.on, self.bench = on, bench
-        self._path, self._steps = path, steps
+        self.on = on
+        self._path, self._steps, self._bench = path, steps, bench
         self._asked: Counter[PipelinePlan] = Counter()
 
     @property
@@ -79,9 +79,9 @@ class KeptSteps:
         known, time = self._known(plan), self._asked[_plain(plan)]
         missing = [load for load in loads if len(self._steps.get((known, load), ())) <= time]
         if missing:
-            if self.bench is None:
+            if self._bench is None:
                 raise NfError(f"not measured in {self._path}" if not time else f"measured only once in {self._path}")
-            for load, found in zip(missing, self.bench.measure(plan, missing), strict=True):
+            for load, found in zip(missing, self._bench.measure(plan, missing), strict=True):
                 self._steps.setdefault((known, load), []).append(found)
             self._save()
         self._asked[_plain(plan)] += 1
@@ -102,19 +102,19 @@ class KeptSteps:
         part.replace(self._path)
 
 
-def open_steps(path: Path, on: MeasuredOn) -> KeptSteps:
-    """The file to go on with, or a new one.
+def open_steps(path: Path, on: MeasuredOn, bench: StepBench) -> KeptSteps:
+    """The file to go on with, or a new one; what it does not have is measured by ``bench``.
 
     Raises:
         InputError: it cannot be read, or was measured on something else.
     """
     if not path.exists():
-        return KeptSteps(path, on, {})
-    kept = read_steps(path, on.model)
-    if kept.on != on:
-        differ = ", ".join(name for name, value in asdict(on).items() if asdict(kept.on)[name] != value)
+        return KeptSteps(path, on, {}, bench)
+    before, steps = _read(path, on.model)
+    if before != on:
+        differ = ", ".join(name for name, value in asdict(on).items() if asdict(before)[name] != value)
         raise InputError(str(path), f"has steps that were measured with another {differ}; name another file")
-    return kept
+    return KeptSteps(path, on, steps, bench)
 
 
 def read_steps(path: Path, model: str) -> KeptSteps:
@@ -123,21 +123,25 @@ def read_steps(path: Path, model: str) -> KeptSteps:
     Raises:
         InputError: there is no such file, ``KeptSteps`` did not write it, or it is of another model.
     """
+    return KeptSteps(path, *_read(path, model))
+
+
+def _read(path: Path, model: str) -> tuple[MeasuredOn, Steps]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["version"] != FORMAT_VERSION:
             raise ValueError(f"its format is not {FORMAT_VERSION}")
-        kept = KeptSteps(path, MeasuredOn(**document["on"]), _read(document["steps"]))
+        on, steps = MeasuredOn(**document["on"]), _steps(document["steps"])
     except FileNotFoundError:
         raise InputError(str(path), "there is no such file of measured steps") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, NfError) as error:
         raise InputError(str(path), f"cannot be read as measured steps ({error})") from None
-    if kept.on.model != model:
-        raise InputError(str(path), f"has steps of {kept.on.model}, not of {model}")
-    return kept
+    if on.model != model:
+        raise InputError(str(path), f"has steps of {on.model}, not of {model}")
+    return on, steps
 
 
-def _read(steps: Iterable[dict[str, Any]]) -> Steps:
+def _steps(steps: Iterable[dict[str, Any]]) -> Steps:
     return {
         (PipelinePlan.from_json(json.dumps(step["plan"])), Load(**step["load"])): [
             Measurement(float(seconds), math.nan if joules is None else float(joules))

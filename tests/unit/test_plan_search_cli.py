@@ -120,6 +120,7 @@ def test_what_was_measured_on_one_machine_is_told_and_stored_on_another(
     assert capsys.readouterr().out.split("tokens per step")[-1] == table
 
     monkeypatch.setattr(plan_search, "the_gpu", lambda _: pytest.fail("there is none"))
+    monkeypatch.setitem(sys.modules, "highspy", None)  # nothing is searched, whatever --count says
     tell = ("search", "llama-3-8b", *load, "--measured", str(steps), "-q")
     assert nf(*tell, "--profile", profile, "--store", str(store), "--json") == 0
     result = json.loads(capsys.readouterr().out)
@@ -345,6 +346,9 @@ def test_the_papers_search_runs_on_the_example(capsys: pytest.CaptureFixture[str
     [
         (("search", "llama-3-8b"), "^no GPU: "),
         (("search", "llama-3-8b", "--count", "-1"), "^--count: must be at least 0"),
+        (("search", "no-such-model", "--count", "-1"), "^--count: must be at least 0, got -1"),
+        (("search", "no-such-model", "--kv-tokens", "0"), "^--kv-tokens: must be at least 1, got 0"),
+        (("search", "no-such-model", "--results", "r", "--predict-only"), "^--predict-only: cannot be used with --r"),
         (("search", "llama-3-8b", "--plot", "x.png"), "^--plot: must name a file that ends in .svg"),
         (("search", "llama-3-8b", "--plot", "x.svg", "--predict-only"), "^--plot: needs a step that runs"),
         (("search", "llama-3-8b", "--plot", "x.svg", "--measured", "s.json"), "leave out --measured"),
