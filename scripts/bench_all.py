@@ -63,7 +63,7 @@ RUNS = (
         "--max-model-len 2048 --max-num-seqs 1024 -q --json {out}.json",
         45,
     ),
-    Run("profile", f"{NF} plan profile llama-3-8b --quick --plot {{out}}.svg", 110),
+    Run("profile", f"{NF} plan profile llama-3-8b --quick --profiles-dir {{out}} --plot {{out}}.svg", 110),
     Run("parity", f"{PYTHON} scripts/check_parity.py --json {{out}}.json llama qwen2 qwen3 mistral mixtral", 180),
     Run("soak", f"{PYTHON} scripts/soak.py nf-tiny --device cuda --seconds 600 --rate 100 --json {{out}}.json", 620),
 )
