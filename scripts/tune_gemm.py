@@ -54,9 +54,10 @@ WARM_SECONDS, SETTLE_SECONDS, SLICE_SECONDS = 0.3, 0.1, 0.12  # before a point; 
 NEAR = 1.05  # of an earlier record's best
 TOLERANCE = 1.02  # of a point's best: what may be chosen for it
 FULL_ROWS, FULL_TOLERANCE = 2048, 1.01  # a full batch, where most time goes
-GROUPS = (1, 4, 16)  # beside GemmChoice's own
-# What L2 keeps matters from so many rows on; so many candidates of a point are tried with evictions, in two orders.
+# What L2 keeps matters from so many rows on; so many candidates of a point are tried in other orders than GemmChoice's
+# own, and with evictions.
 EVICTING_ROWS, EVICTING = 1024, 2
+GROUPS, EVICTING_GROUPS = (1, 4, 16), (1, 8)
 
 
 def candidates() -> list[GemmConfig]:
@@ -76,12 +77,10 @@ def candidates() -> list[GemmConfig]:
 
 def shortlist(
     n: int, k: int, rows: int, sms: int, configs: list[GemmConfig], count: int, epilogue: Epilogue, output: Output
-) -> list[GemmChoice]:
-    """The ``count`` cheapest by the rule; the best of them also in other orders where there are many rows."""
+) -> list[GemmConfig]:
+    """The ``count`` cheapest by the rule."""
     able = [c for c in configs if c.split * 64 <= k and c.serves(epilogue, output) and (not c.swap or rows <= 256)]
-    best = sorted(able, key=lambda config: cost(config, n, k, rows, sms))[:count]
-    groups = [GemmChoice(config, group) for config in best[:2] for group in GROUPS] if rows >= EVICTING_ROWS else []
-    return [*(GemmChoice(config) for config in best), *groups]
+    return sorted(able, key=lambda config: cost(config, n, k, rows, sms))[:count]
 
 
 def near_the_best(files: list[Path]) -> dict[Point, list[GemmChoice]]:
@@ -191,13 +190,10 @@ def _measure_shape(
                 return
             x, y = normal(rows, k), cupy.empty((rows, n), "f4" if name == HEAD else "u2")
             count = cupy.array([rows], cupy.int32)
-            known = [c for c in earlier.get((n, k, sms, rows), []) if c.config in compiled][: args.count]
+            known = [c for c in earlier.get((n, k, sms, rows), []) if c.config in compiled]
             rule = shortlist(n, k, rows, sms, configs, args.count, epilogue, output)
-            choices = [*known, *(c for c in rule if c not in known)][: args.count]
-            if rows >= EVICTING_ROWS:
-                told = [(one, config) for one in choices[:EVICTING] for config in _evicting(one.config, args.evict)]
-                choices += [GemmChoice(config, group) for one, config in told for group in {1, one.group}]
-            choices += [GemmChoice(c) for c in args.also if c.serves(epilogue, output) and GemmChoice(c) not in choices]
+            choices = _choices([*known, *map(GemmChoice, rule)][: args.count], rows, args.evict)
+            choices += [c for c in map(GemmChoice, args.also) if c.config.serves(epilogue, output) and c not in choices]
             gemms = [kernels.product(n, k, rows, sms=sms, choice=choice, output=output) for choice in choices]
 
             pointers = {"x": x.data.ptr, "y": y.data.ptr, "rows": count.data.ptr}
@@ -212,6 +208,18 @@ def _measure_shape(
             ranked = sorted(zip(times, choices, strict=True), key=lambda pair: pair[0])
             tail = " ".join(f"{c.config.label}/{c.group}:{t / reference:.3f}" for t, c in ranked[:5])
             print(f"{model} {name} {sms} SMs {rows} rows: cuBLAS {reference * 1e6:.1f} µs; {tail}", flush=True)
+
+
+def _choices(found: list[GemmChoice], rows: int, evictions: list[str]) -> list[GemmChoice]:
+    """What is tried at a point: ``found``, and of the first of them other orders and evictions where there are many
+    rows."""
+    more: list[GemmChoice] = []
+    if rows >= EVICTING_ROWS:
+        plain = list(dict.fromkeys(replace(choice.config, evict="") for choice in found))[:EVICTING]
+        more += [GemmChoice(config, group) for config in plain for group in GROUPS]
+        told = [variant for config in plain for variant in _evicting(config, evictions)]
+        more += [GemmChoice(config, group) for config in told for group in EVICTING_GROUPS]
+    return list(dict.fromkeys([*found, *more]))
 
 
 def _call(gemm: Gemm, pointers: dict[str, int], stream: int) -> None:

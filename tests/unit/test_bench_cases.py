@@ -105,10 +105,10 @@ class Cupy(ModuleType):
 class Loader:
     """Kernels that look at what they are launched with."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, sources: list[KernelSource]) -> None:
         self.memory = memory
         self.launched: set[str] = set()
-        self._sources = {source.name: source for source in all_sources()}
+        self._sources = {source.name: source for source in sources}
 
     def cuda(self, name: str, *, shared_bytes: int = 0) -> Any:
         assert 0 <= shared_bytes <= 227 * 1024
@@ -141,7 +141,7 @@ class Loader:
 @pytest.fixture
 def loader(monkeypatch: pytest.MonkeyPatch) -> Loader:
     memory = Memory()
-    made = Loader(memory)
+    made = Loader(memory, all_sources())
     monkeypatch.setattr(Array, "memory", memory, raising=False)
     monkeypatch.setitem(sys.modules, "cupy", Cupy())
     monkeypatch.setattr(bench_kernels, "artifacts", lambda *_: [])
