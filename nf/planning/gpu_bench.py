@@ -38,7 +38,7 @@ from nf.models.declaration import Model
 from nf.models.operations import Rows
 from nf.models.registry import declare
 from nf.planning.profile import CoRun, Cost, ProfileKey, Side, Sms, SoloKey
-from nf.planning.profiling import LM_HEAD, Extent
+from nf.planning.profiling import ENDS, Extent
 from nf.scheduler.batch import Batch
 
 LAYERS = 8  # their weights and pages are several times the L2 cache
@@ -187,7 +187,7 @@ class GpuBench:
 
     def _batch(self, operation: str, rows: int, context: int) -> tuple[int, Batch]:
         """A step in which ``operation`` has so many rows, and tokens of its dense batch."""
-        if operation == LM_HEAD:
+        if operation == ENDS:
             return rows, self._step(rows, [1] * rows, [PAGE_SIZE] * rows)
         if self._operations[operation].rows is Rows.DECODE:
             return rows, self._step(rows, [1] * rows, [context] * rows)
@@ -231,7 +231,7 @@ class GpuBench:
     def _side(self, name: str, tokens: int, sms: Sms, lane: Lane, origin: cuda.Stream) -> _Side:
         """Capture as many calls of an operation as fill a graph; the step is on the device."""
         layers = self._layers_for(tokens, sms)
-        if name == LM_HEAD:
+        if name == ENDS:
             return self._whole_ends(layers, origin)
         layers.begin(origin.handle)
         ordered = [LayerStep(o, i, 0, tokens, 0, ()) for i in range(LAYERS) for o in self.model.operations]

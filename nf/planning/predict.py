@@ -13,7 +13,7 @@ from nf.models.operations import Operation
 from nf.planning.nano_layer import BatchShape, CostOf, nano_layer, profiled_costs
 from nf.planning.overlap import Arrangement, replay
 from nf.planning.profile import NOTHING, Cost, Profile
-from nf.planning.profiling import LM_HEAD
+from nf.planning.profiling import ENDS
 from nf.planning.resources import arrangements, period_bound
 from nf.planning.rounds import Rounds
 
@@ -89,7 +89,7 @@ def _arrangement(plan: PipelinePlan, operations: Sequence[Operation], profile: P
 
 def _step(layer: Cost, model: Model, profile: Profile, batch: BatchShape) -> Prediction:
     """All layers, logits and sampling of a token for every sequence that decodes."""
-    known = any(point.operation == LM_HEAD for point in profile.solos.values())
-    after = profile.cost(LM_HEAD, max(1, batch.decode_tokens)) if known else NOTHING
+    known = any(point.operation == ENDS for point in profile.solos.values())
+    after = profile.cost(ENDS, max(1, batch.decode_tokens)) if known else NOTHING
     layers = model.config.num_layers
     return Prediction(layers * layer.seconds + after.seconds, layers * layer.joules + after.joules)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 QUICK_SECONDS, FULL_SECONDS = 150.0, 690.0  # of measuring, at most; starting and loading come on top
 SAVE_SECONDS = 1.0
-LM_HEAD = "lm_head"
+ENDS = "ends"
 """Stands for what comes before and after the layers, most of it logits and sampling; its rows are the tokens that are
 sampled."""
 
@@ -126,7 +126,7 @@ def _multiples(step: int, below: int, factors: Sequence[int]) -> tuple[int, ...]
 def wanted_solos(operations: Sequence[Operation], extent: Extent) -> list[SoloKey]:
     """Every (operation, rows, SMs, context) to be measured, operation by operation, so that clocks change seldom."""
     found = [key for operation in operations for key in _of_operation(operation, extent)]
-    return found + [(LM_HEAD, rows, "all", 0) for rows in extent.light_rows]
+    return found + [(ENDS, rows, "all", 0) for rows in extent.light_rows]
 
 
 def _of_operation(operation: Operation, extent: Extent) -> Iterator[SoloKey]:

@@ -6,7 +6,7 @@ from nf.models.operations import Rows
 from nf.models.registry import declare
 from nf.models.shapes import shape
 from nf.planning.profile import CoRun, Cost, Profile, ProfileKey, Side, SoloKey
-from nf.planning.profiling import LM_HEAD, fill, quick_extent
+from nf.planning.profiling import ENDS, fill, quick_extent
 
 SMS = 132
 KEY = ProfileKey("NVIDIA H200", "580", "test")
@@ -44,7 +44,7 @@ class FormulaBench:
     def seconds(self, key: SoloKey) -> float:
         name, rows, sms, context = key
         count = SMS if sms == "all" else sms
-        if name == LM_HEAD:
+        if name == ENDS:
             return 1e-6 * rows
         operation = OPERATIONS[name]
         if operation.rows is Rows.DECODE:

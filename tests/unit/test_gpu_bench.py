@@ -30,7 +30,7 @@ from nf.planning import gpu_bench, gpu_step_bench
 from nf.planning.gpu_bench import GpuBench
 from nf.planning.gpu_step_bench import GpuStepBench
 from nf.planning.profile import Profile, ProfileKey
-from nf.planning.profiling import LM_HEAD, Extent, fill, wanted_pairs, wanted_solos
+from nf.planning.profiling import ENDS, Extent, fill, wanted_pairs, wanted_solos
 
 LLAMA = ModelConfig("LlamaForCausalLM", 512, 128, 192, 12, 4, 2, 64, 1e-6, 256)
 MIXTRAL = replace(LLAMA, architecture="MixtralForCausalLM", num_experts=4, experts_per_token=2, num_layers=3)
@@ -243,7 +243,7 @@ def test_every_point_can_be_measured(config: ModelConfig) -> None:
     assert set(profile.solos) == set(solos)
     assert set(profile.co_runs) == set(pairs)
     # Permutation, combination; the embedding, rows of the cache and plans of attention, gathered rows and sampling.
-    kernels = {"moe_gate_up_proj": 2, "moe_down_proj": 2, LM_HEAD: 8}
+    kernels = {"moe_gate_up_proj": 2, "moe_down_proj": 2, ENDS: 8}
     for name, rows, sms, context in solos:
         point = profile.solos[name, rows, sms, context]
         assert point.seconds == pytest.approx(kernels.get(name, 1) * KERNEL_SECONDS)
@@ -292,7 +292,7 @@ def test_a_bench_that_breaks_down_leaves_no_graph(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(gpu_bench, "PowerMeter", Broken)
     own = bench()
-    for point in (("qkv_proj", 64, "all", 0), (LM_HEAD, 64, "all", 0)):
+    for point in (("qkv_proj", 64, "all", 0), (ENDS, 64, "all", 0)):
         with pytest.raises(CudaError):
             own.solo(point)
         assert Graph.live == 0

@@ -20,8 +20,8 @@ from nf.planning.gpu_bench import RUN_SECONDS, WARM_SECONDS
 from nf.planning.profile import Cost, Profile, SoloKey
 from nf.planning.profile_file import load_profile, read_profile, save_profile
 from nf.planning.profiling import (
+    ENDS,
     FULL_SECONDS,
-    LM_HEAD,
     QUICK_SECONDS,
     Filled,
     fill,
@@ -49,12 +49,12 @@ def test_every_operation_is_measured_where_plans_can_put_it(name: str, extent: o
     where = extent(2048, SMS)  # type: ignore[operator]
     solos = wanted_solos(operations, where)
     assert len(set(solos)) == len(solos)
-    assert {key[0] for key in solos} == {operation.name for operation in operations} | {LM_HEAD}
+    assert {key[0] for key in solos} == {operation.name for operation in operations} | {ENDS}
     by_name = {operation.name: operation for operation in operations}
     for name_, rows, sms, context in solos:
         assert 1 <= rows <= 2048
         assert sms == "all" or 0 < sms < SMS
-        if name_ != LM_HEAD:
+        if name_ != ENDS:
             assert (context > 0) == (by_name[name_].rows is not Rows.ALL)
     for operation in operations:  # the whole GPU, the whole batch, and a partition
         places = {key[2] for key in solos if key[0] == operation.name}

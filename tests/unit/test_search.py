@@ -21,7 +21,7 @@ from nf.kernels.device import DeviceMemoryError
 from nf.planning.loads import batch_shape, loads
 from nf.planning.nano_layer import profiled_costs
 from nf.planning.predict import of_plan, rounds_of
-from nf.planning.profiling import LM_HEAD
+from nf.planning.profiling import ENDS
 from nf.planning.resources import propose
 from nf.planning.search import WORTH, Candidate, Result, Search, baselines, candidates, search
 from nf.planning.search_record import record
@@ -176,13 +176,13 @@ def test_the_sequential_step_is_the_sum_of_its_operations() -> None:
     whole = math.fsum(cost_of(o, shape.rows(o, 0, 2048), "all").seconds for o in OPERATIONS)
     found = of_plan(sequential_plan(OPERATIONS, 2048), MODEL, profile, shape)
     assert found is not None
-    assert found.seconds == pytest.approx(32 * whole + profile.cost(LM_HEAD, 682).seconds)
+    assert found.seconds == pytest.approx(32 * whole + profile.cost(ENDS, 682).seconds)
 
 
 def test_a_plan_is_predicted_alike_by_whoever_made_it() -> None:
     """Turning a candidate's plan back into rounds loses nothing."""
     profile, shape = formula_profile(), batch_shape(LOAD)
-    after = profile.cost(LM_HEAD, shape.decode_tokens).seconds
+    after = profile.cost(ENDS, shape.decode_tokens).seconds
     for proposal in propose(OPERATIONS, shape, profile, seconds=0.5, count=5):
         again = of_plan(proposal.plan, MODEL, profile, shape)
         assert again is not None
