@@ -20,8 +20,8 @@ def capacities(dense_batch_size: int) -> tuple[int, ...]:
     """Sizes to capture graphs for, the dense batch size last.
 
     A graph serves any smaller batch with work proportional to its tokens, but its GEMMs' tiles were chosen for the
-    size it was captured for: those that just fill the GPU at 768 rows leave a seventh of it idle at 640. The more
-    blocks there are the less one matters, so sizes lie farther apart; below a block they are powers of two.
+    size it was captured for: on an H200, 640 decodes take 3.5 % less on a graph of their own than on that of 768. The
+    more blocks there are the less one matters, so sizes lie farther apart; below a block they are powers of two.
     """
     sizes = {SMALLEST, SMALLEST * 2, SMALLEST * 4}
     sizes |= {*range(BLOCK, FINE, BLOCK), *range(FINE, dense_batch_size, BLOCK * COARSE_BLOCKS)}

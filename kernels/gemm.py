@@ -52,8 +52,9 @@ class GemmConfig:
     is cluster_m × cluster_n tiles that share their operands by multicast, times ``split`` CTAs that share a tile's K.
 
     ``evict`` tells the L2 cache how to treat x and W, a letter each: it drops "f" first, "l" last and "n" as it likes;
-    empty: it is told nothing. A wave of tiles reads as much of both as the cache can hold, so without being told it
-    has dropped what the next wave reads again.
+    empty: it is told nothing. A wave of tiles reads as much of both as the cache can hold; by a model of it
+    (scripts/gemm_traffic.py) it would then have dropped what the next wave reads again. No configuration in the table
+    tells it anything yet.
     """
 
     tile_m: int

@@ -17,7 +17,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nf.cli.files import make_folder
 from nf.cli.parser import CommandParser
+from nf.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 NF = f"{shlex.quote(sys.executable)} -m nf.cli"
@@ -97,8 +99,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.trace is not None and not Path(args.trace).is_file():
         parser.error(f"--trace: there is no file {args.trace}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    out, trace = args.out.resolve(), str(Path(args.trace or "").resolve())
+    try:
+        out = make_folder("--out", args.out).resolve()
+    except InputError as error:
+        parser.error(str(error))
+    trace = str(Path(args.trace or "").resolve())
     wanted = [run for run in RUNS if run.name in args.only and (args.trace or "{trace}" not in run.command)]
     end, wrong = time.monotonic() + args.seconds, False
     for run in wanted:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nf.cli.files import check_picture
+from nf.cli.files import check_picture, make_folder
 
 if TYPE_CHECKING:
     from nf.kernels.device import Device
@@ -66,11 +66,11 @@ def run(args: argparse.Namespace) -> int:
         profile = read_profile(Path(args.profile), shape_name(model.config))
         print(f"{len(profile.solos)} points alone and {len(profile.co_runs)} pairs in {args.profile}")
     else:
-        folder = profile_folder() if args.profiles_dir is None else Path(args.profiles_dir)
-        folder.mkdir(parents=True, exist_ok=True)  # what is wrong with it is told before anything is measured
+        device = the_gpu(model)
+        folder = None if args.profiles_dir is None else make_folder("--profiles-dir", args.profiles_dir)
         profile, filled, path = measured_profile(
             model,
-            the_gpu(model),
+            device,
             args.dense_batch_size,
             quick=args.quick,
             quiet=args.quiet,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nf.cli.files import check_picture, check_writable
+from nf.cli.files import check_picture, check_writable, make_folder
 from nf.cli.options import named_by_flag
 from nf.cli.plan_profile import measured_profile, the_gpu
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     if args.plans_dir is not None:
-        Path(args.plans_dir).mkdir(parents=True, exist_ok=True)
+        make_folder("--plans-dir", args.plans_dir)
     model = declare(model_config(args.model))
     where = _where(args, model)
     room = args.kv_tokens

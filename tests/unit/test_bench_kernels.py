@@ -13,7 +13,7 @@ from nf.bench import cublas, kernels
 from nf.bench.kernels import Row
 from nf.bench.measure import Measurement
 from nf.cli import main
-from nf.cli.files import check_picture, check_writable
+from nf.cli.files import check_picture, check_writable, make_folder
 from nf.errors import InputError
 
 ROWS = [
@@ -95,6 +95,15 @@ def test_without_cupy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 def test_files_that_cannot_be_written(tmp_path: Path, file: str, said: str) -> None:
     with pytest.raises(InputError, match=rf"^--json: .* cannot be written: {said}"):
         check_writable("--json", tmp_path / file)
+
+
+def test_folders(tmp_path: Path) -> None:
+    assert make_folder("--out", tmp_path / "a" / "b").is_dir()
+    assert make_folder("--out", tmp_path) == tmp_path
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/below"):
+        with pytest.raises(InputError, match=r"^--out: .*file.* cannot be a folder: "):
+            make_folder("--out", tmp_path / folder)
 
 
 def test_files_that_can(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_profiles_are_kept_where_they_are_wanted(
     assert not profiles.exists()
     assert nf(*argv) == 0
     assert "0 points measured, 162 known before" in capsys.readouterr().out
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError, match=r"^--profiles-dir: .* cannot be a folder: File exists"):
         nf(*argv[:-1], str(folder / KEY.file_name))
 
 
