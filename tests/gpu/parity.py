@@ -173,8 +173,9 @@ def token_ids(model: Model, count: int = TOKENS, seed: int = 0) -> list[int]:
     return ids
 
 
-def reference_logits(model_dir: Path, ids: Sequence[int], device: str) -> tuple[Float32, Float32]:
-    """Logits of every position as transformers computes them in float32 and in bfloat16, [tokens, vocab_size] each."""
+def reference_logits(model_dir: Path, ids: Sequence[Sequence[int]], device: str) -> tuple[Float32, Float32]:
+    """Logits of every position of sequences of one length, one sequence after the other, as transformers computes them
+    in float32 and in bfloat16: [tokens, vocab_size] each."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoModelForCausalLM, logging
@@ -182,10 +183,10 @@ def reference_logits(model_dir: Path, ids: Sequence[int], device: str) -> tuple[
         logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation="eager")
         model.eval().to(device)
-        inputs = torch.tensor([list(ids)], device=device)
+        inputs = torch.tensor(ids, device=device)
         with torch.inference_mode():
-            in_bf16 = model(inputs).logits[0].float().cpu().numpy()
-            in_fp32 = model.float()(inputs).logits[0].cpu().numpy()
+            in_bf16 = model(inputs).logits.flatten(0, 1).float().cpu().numpy()
+            in_fp32 = model.float()(inputs).logits.flatten(0, 1).cpu().numpy()
         del model
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -206,11 +207,12 @@ def executor_logits(run: RunsLogits, ids: Sequence[int], chunks: Sequence[int] =
     return np.concatenate(found)
 
 
-def measure(model: Model, model_dir: Path, plan: PipelinePlan) -> tuple[Parity, Parity]:
-    """How far the GPU executor is from float32, and how far transformers itself is in bfloat16."""
-    ids = token_ids(model)
+def measure(model: Model, model_dir: Path, plan: PipelinePlan, sequences: int = 1) -> tuple[Parity, Parity]:
+    """How far the GPU executor is from float32, and how far transformers itself is in bfloat16, over so many sequences
+    of TOKENS."""
+    ids = [token_ids(model, seed=seed) for seed in range(sequences)]
     expected, in_bf16 = reference_logits(model_dir, ids, "cuda")
     sizes = {"page_size": PAGE, "num_pages": NUM_PAGES, "num_host_pages": 0, "max_num_seqs": 16, "max_model_len": 640}
     with gpu_executor(model, model_dir, plan, **sizes) as run:
-        found = executor_logits(run, ids)
+        found = np.concatenate([executor_logits(run, each) for each in ids])
     return Parity.of(found, expected), Parity.of(in_bf16, expected)
