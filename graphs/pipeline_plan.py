@@ -1,7 +1,7 @@
 """PipelinePlan: which nano-operation runs on which stream, in which order, as plain data with a JSON form.
 
-The JSON form is an object with the fields of PipelinePlan and ``"version": 1``; ``model``, ``gpu``, ``sms``,
-``priority`` and ``lag`` may be left out and then take their defaults.
+The JSON form is an object with the fields of PipelinePlan and ``"version": 1``; ``model``, ``gpu``, ``decode_tokens``,
+``sms``, ``priority`` and ``lag`` may be left out and then take their defaults.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class PipelinePlan:
             each operation cover the dense batch exactly once.
         streams: run at the same time.
         model, gpu: what the plan was made for; None if for any.
+        decode_tokens: of the steps that the plan was made for: a step takes the plan whose number is nearest to its
+            own, and the sequential plan if that is 0. None: of any step.
     """
 
     name: str
@@ -68,6 +70,7 @@ class PipelinePlan:
     streams: tuple[Stream, ...]
     model: str | None = None
     gpu: str | None = None
+    decode_tokens: int | None = None
 
     @property
     def max_lag(self) -> int:
@@ -84,6 +87,7 @@ class PipelinePlan:
             f'  "model": {json.dumps(self.model)},\n'
             f'  "gpu": {json.dumps(self.gpu)},\n'
             f'  "dense_batch_size": {self.dense_batch_size},\n'
+            f'  "decode_tokens": {json.dumps(self.decode_tokens)},\n'
             f'  "nano_batches": {json.dumps(self.nano_batches)},\n'
             f'  "streams": [\n{streams}\n  ]\n'
             "}\n"
@@ -106,8 +110,9 @@ class PipelinePlan:
             dense_batch_size=fields.take("dense_batch_size", _integer),
             nano_batches=fields.take("nano_batches", _list_of(_range)),
             streams=fields.take("streams", _list_of(_stream)),
-            model=fields.take("model", _optional_string, None),
-            gpu=fields.take("gpu", _optional_string, None),
+            model=fields.take("model", _optional(_string), None),
+            gpu=fields.take("gpu", _optional(_string), None),
+            decode_tokens=fields.take("decode_tokens", _optional(_integer), None),
         )
         fields.finish()
         return plan
@@ -182,8 +187,8 @@ def _string(value: object, path: str) -> str:
     return value
 
 
-def _optional_string(value: object, path: str) -> str | None:
-    return None if value is None else _string(value, path)
+def _optional(read: Reader[Value]) -> Reader[Value | None]:
+    return lambda value, path: None if value is None else read(value, path)
 
 
 def _list_of(read: Reader[Value]) -> Reader[tuple[Value, ...]]:

@@ -1,8 +1,9 @@
-"""Plans by what they were measured for: a model's shape, a GPU and a dense batch size.
+"""Plans by what they were measured for: a model's shape, a GPU, a dense batch size and its decode tokens.
 
-Plans that ship lie in graphs/plans/, those that ``nf plan search`` found on this machine in the cache, and these go
-first. A plan is a file of its own, as ``PipelinePlan.to_json`` writes it, so it can be shown, checked and passed to
-``--plan`` like any other; what was measured of it and of its rivals lies beside it.
+Plans that ship lie in graphs/plans/, those that ``nf plan search`` found on this machine in the cache, and of one dense
+batch size these replace the former. A plan is a file of its own, as ``PipelinePlan.to_json`` writes it, so it can be
+shown, checked and passed to ``--plan`` like any other; what was measured of those of one size and of their rivals lies
+beside them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,15 @@ def shape_name(config: ModelConfig) -> str:
     return "-".join(parts).lower()
 
 
-def file_name(config: ModelConfig, gpu: str, dense_batch_size: int) -> str:
-    """Of the plan for a model's shape on ``gpu`` (the driver's name) at ``dense_batch_size`` tokens."""
-    return f"{_plain(gpu)}/{_plain(shape_name(config))}-b{dense_batch_size}.json"
+def prefix(config: ModelConfig, gpu: str) -> str:
+    """What the files of a model's shape on ``gpu`` (the driver's name) begin with; the dense batch size follows."""
+    return f"{_plain(gpu)}/{_plain(shape_name(config))}-b"
 
 
-def find_plan(
+def find_plans(
     model: Model, gpu: str, dense_batch_size: int, *, folder: Path | None = None, gpu_sms: int | None = None
-) -> StoredPlan | None:
-    """The plan measured to be the fastest, None if nothing was measured.
+) -> list[StoredPlan]:
+    """The plans measured to be the fastest for steps of up to ``dense_batch_size`` tokens, in no particular order.
 
     A stored file that cannot be used is passed over, and the log says so: it was not the user who chose it.
 
@@ -77,32 +78,51 @@ def find_plan(
         folder: of the plans found on this machine; None is the usual one.
         gpu_sms: SMs of the GPU; None leaves out whether partitions fit.
     """
-    name = file_name(model.config, gpu, dense_batch_size)
-    for place in (folder or user_folder(), BUILT_IN_FOLDER):
-        path = place / name
-        if not os.path.isfile(path):  # unlike Path's, False also where it may not look
-            continue
-        try:
-            return StoredPlan(load_plan(path, model.operations, dense_batch_size, gpu_sms=gpu_sms), path)
-        except PlanError as error:
-            logger.warning("a stored plan is passed over: %s", error)
-    return None
+    found: dict[int, list[StoredPlan]] = {}
+    for place in (BUILT_IN_FOLDER, folder or user_folder()):
+        here: dict[int, list[StoredPlan]] = {}
+        for path in _files(place, f"{prefix(model.config, gpu)}*"):
+            try:
+                plan = load_plan(path, model.operations, gpu_sms=gpu_sms)
+            except PlanError as error:
+                logger.warning("a stored plan is passed over: %s", error)
+                continue
+            if plan.dense_batch_size <= dense_batch_size:
+                here.setdefault(plan.dense_batch_size, []).append(StoredPlan(plan, path))
+        found |= here
+    return [stored for plans in found.values() for stored in plans]
 
 
-def save_plan(
-    plan: PipelinePlan, config: ModelConfig, gpu: str, measured: Mapping[str, Any], *, folder: Path | None = None
-) -> Path:
-    """Keep ``plan`` as the one for its dense batch size; returns its file.
+def save_plans(
+    plans: Sequence[PipelinePlan],
+    config: ModelConfig,
+    gpu: str,
+    measured: Mapping[str, Any],
+    *,
+    folder: Path | None = None,
+) -> list[Path]:
+    """Keep ``plans`` as those for their dense batch size, and no others; returns their files.
 
     Args:
-        measured: plain data, written beside it.
+        plans: of one dense batch size, each with its number of decode tokens.
+        measured: plain data, written beside them.
         folder: None is that of the plans found on this machine.
     """
-    path = (folder or user_folder()) / file_name(config, gpu, plan.dense_batch_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path.with_name(path.stem + MEASURED_SUFFIX), json.dumps(measured, indent=1, allow_nan=False) + "\n")
-    _write(path, plan.to_json())
-    return path
+    place, name = folder or user_folder(), f"{prefix(config, gpu)}{plans[0].dense_batch_size}"
+    (place / name).parent.mkdir(parents=True, exist_ok=True)
+    paths = [place / f"{name}-d{plan.decode_tokens}.json" for plan in plans]
+    _write(place / f"{name}{MEASURED_SUFFIX}", json.dumps(measured, indent=1, allow_nan=False) + "\n")
+    for plan, path in zip(plans, paths, strict=True):
+        _write(path, plan.to_json())
+    for path in {*_files(place, name), *_files(place, f"{name}-d*")} - {*paths}:
+        path.unlink()
+    return paths
+
+
+def _files(place: Path, pattern: str) -> list[Path]:
+    """Plan files of a folder; none where one may not look."""
+    found = place.glob(f"{pattern}.json")
+    return sorted(path for path in found if not path.name.endswith(MEASURED_SUFFIX) and os.path.isfile(path))
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from nf.graphs.capture import Graph
 from nf.graphs.plan import PipelinePlan, sequential_plan
@@ -46,27 +47,42 @@ class StepPlan:
         return all(operation.rows is not Rows.PREFILL for operation in self.operations)
 
 
-def step_plans(plan: PipelinePlan, operations: Sequence[Operation]) -> tuple[StepPlan, ...]:
-    """The plans to capture graphs of, smallest first: ``plan`` itself for the largest batches, the sequential one for
-    smaller ones, whose nano-batches would be too small to be worth it.
+def step_plans(plans: Sequence[PipelinePlan], operations: Sequence[Operation]) -> tuple[StepPlan, ...]:
+    """The plans to capture graphs of, smallest first: ``plans`` for the steps they were made for, the sequential one
+    for all others.
 
-    In a short step it matters that an operation without rows is launched and keeps the next one from starting early, so
-    where a plan for few tokens is sequential there is a second graph, for steps that only decode, without what only
-    prefill chunks need.
+    In a short step it matters that an operation without rows is launched and keeps the next one from starting early. So
+    steps of few tokens that only decode have a sequential graph of their own, without what only prefill chunks need,
+    and so has every plan that was made for such steps.
 
     Args:
+        plans: valid ones; the first one's dense batch size is the most tokens of any step.
         operations: of one layer of the model.
     """
     every = tuple(operations)
-    decode = tuple(operation for operation in every if operation.rows is not Rows.PREFILL)
+    most = plans[0].dense_batch_size
     found = []
-    for size in capacities(plan.dense_batch_size):
+    for size in sorted({*capacities(most), *(plan.dense_batch_size for plan in plans)}):
         sequential = sequential_plan(every, size)
-        own = plan if size == plan.dense_batch_size else sequential
-        if size <= SHORT and own.streams == sequential.streams:
-            found.append(StepPlan(sequential_plan(decode, size), decode))
-        found.append(StepPlan(own, every))
+        own = [plan for plan in plans if plan.dense_batch_size == size]
+        own = [plan for plan in own if plan.decode_tokens is not None or plan.streams != sequential.streams]
+        if all(plan.decode_tokens is not None for plan in own):
+            found.append(StepPlan(replace(sequential, decode_tokens=0), every))
+            if size <= SHORT:
+                found.append(_decode_only(replace(sequential, decode_tokens=size), every))
+        found += [_decode_only(p, every) if p.decode_tokens == size else StepPlan(p, every) for p in own]
     return tuple(found)
+
+
+def _decode_only(plan: PipelinePlan, operations: Sequence[Operation]) -> StepPlan:
+    """The plan without what only prefill chunks need."""
+    left = tuple(operation for operation in operations if operation.rows is not Rows.PREFILL)
+    names = {operation.name for operation in left}
+    streams = (
+        replace(stream, nano_operations=tuple(item for item in stream.nano_operations if item.operation in names))
+        for stream in plan.streams
+    )
+    return StepPlan(replace(plan, streams=tuple(stream for stream in streams if stream.nano_operations)), left)
 
 
 class GraphPool:
@@ -77,15 +93,12 @@ class GraphPool:
     """
 
     def __init__(self, graphs: Sequence[tuple[StepPlan, Graph]]) -> None:
-        general = {step.plan.dense_batch_size: (step, graph) for step, graph in graphs if not step.decode_only}
-        decoding = general | {step.plan.dense_batch_size: (step, graph) for step, graph in graphs if step.decode_only}
-        self._by_kind = {False: sorted(general.items()), True: sorted(decoding.items())}
+        by_size = groupby(graphs, key=lambda entry: entry[0].plan.dense_batch_size)
+        self._by_size = [(size, tuple(entries)) for size, entries in by_size]
 
-    def find(self, tokens: int, decode_only: bool) -> tuple[StepPlan, Graph]:
-        """What serves a batch of so many tokens, at most the dense batch size, with the least to spare.
-
-        Args:
-            decode_only: no token belongs to a prefill chunk.
-        """
-        entries = self._by_kind[decode_only]
-        return entries[bisect_left(entries, tokens, key=lambda entry: entry[0])][1]
+    def find(self, tokens: int, decode_tokens: int) -> tuple[StepPlan, Graph]:
+        """What serves a step of so many tokens, at most the dense batch size, of which so many decode: of the graphs
+        with the fewest tokens to spare, the one made for the nearest number of decode tokens."""
+        _, entries = self._by_size[bisect_left(self._by_size, tokens, key=lambda entry: entry[0])]
+        able = (entry for entry in entries if tokens == decode_tokens or not entry[0].decode_only)
+        return min(able, key=lambda entry: abs((entry[0].plan.decode_tokens or 0) - decode_tokens))

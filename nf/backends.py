@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,10 +42,11 @@ class Backend(Protocol):
 
     max_num_seqs: int  # by default
 
-    def resolve(self, config: EngineConfig, model: Model, plan: PipelinePlan, name: str) -> EngineConfig:
+    def resolve(self, config: EngineConfig, model: Model, plans: Sequence[PipelinePlan], name: str) -> EngineConfig:
         """The configuration with this device, and dtype and numbers of pages decided; the other fields already are.
 
         Args:
+            plans: as ``start`` takes them.
             name: what errors call the model.
 
         Raises:
@@ -53,8 +54,9 @@ class Backend(Protocol):
         """
         ...
 
-    def stored_plan(self, model: Model, dense_batch_size: int) -> PipelinePlan | None:
-        """The plan measured to be the fastest on this device, None if nothing was measured."""
+    def stored_plans(self, model: Model, dense_batch_size: int) -> list[PipelinePlan]:
+        """The plans measured to be the fastest on this device for steps of up to so many tokens; none if nothing was
+        measured."""
         ...
 
     def preemption_costs(self, config: EngineConfig, model: Model) -> tuple[float, float]:
@@ -62,9 +64,17 @@ class Backend(Protocol):
         ...
 
     def start(
-        self, config: EngineConfig, model: Model, plan: PipelinePlan, model_dir: Path | None, startup: Startup
+        self,
+        config: EngineConfig,
+        model: Model,
+        plans: Sequence[PipelinePlan],
+        model_dir: Path | None,
+        startup: Startup,
     ) -> Executor:
         """Read the weights from ``model_dir`` or, if it is None, draw them, and make the executor.
+
+        Args:
+            plans: each for some steps; the first one's dense batch size is that of the engine.
 
         Raises:
             CompileError: the GPU's kernels cannot be had.
@@ -77,7 +87,7 @@ class Backend(Protocol):
 class CpuBackend:
     max_num_seqs = 256
 
-    def resolve(self, config: EngineConfig, model: Model, _plan: PipelinePlan, name: str) -> EngineConfig:
+    def resolve(self, config: EngineConfig, model: Model, _plans: Sequence[PipelinePlan], name: str) -> EngineConfig:
         needed, free = weight_bytes(model), free_ram()
         if needed > free:
             raise ModelError(name, f"its weights need {mebibytes(needed)} in float32, and {mebibytes(free)} are free")
@@ -85,8 +95,8 @@ class CpuBackend:
         num_pages, num_host_pages = pool_sizes(config, model)
         return replace(config, num_pages=num_pages, num_host_pages=num_host_pages)
 
-    def stored_plan(self, _model: Model, _dense_batch_size: int) -> PipelinePlan | None:
-        return None
+    def stored_plans(self, _model: Model, _dense_batch_size: int) -> list[PipelinePlan]:
+        return []
 
     def preemption_costs(self, config: EngineConfig, model: Model) -> tuple[float, float]:
         """Bytes moved."""
@@ -94,7 +104,12 @@ class CpuBackend:
         return swap, recompute_bytes_per_token(model, config.max_num_batched_tokens)
 
     def start(
-        self, config: EngineConfig, model: Model, plan: PipelinePlan, model_dir: Path | None, startup: Startup
+        self,
+        config: EngineConfig,
+        model: Model,
+        plans: Sequence[PipelinePlan],
+        model_dir: Path | None,
+        startup: Startup,
     ) -> Executor:
         dtype = np.dtype(_DTYPES[config.dtype])
         with timed(startup, "weights"):
@@ -103,7 +118,7 @@ class CpuBackend:
             else:
                 weights = load_weights(model, model_dir, dtype)
         with timed(startup, "executor"):
-            return CpuExecutor(model, weights, plan, **sizes(config))
+            return CpuExecutor(model, weights, plans[0], **sizes(config))
 
 
 _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -127,7 +142,7 @@ class GpuBackend:
         self._device = Device()
         self._kernels = kernels
 
-    def resolve(self, config: EngineConfig, model: Model, plan: PipelinePlan, _name: str) -> EngineConfig:
+    def resolve(self, config: EngineConfig, model: Model, plans: Sequence[PipelinePlan], _name: str) -> EngineConfig:
         from nf.executors.gpu_memory import workspace_bytes
         from nf.executors.gpu_weights import layout
         from nf.gpu_memory_budget import GpuMemory, gpu_pool_sizes
@@ -142,14 +157,15 @@ class GpuBackend:
                 f"must be one of {', '.join(map(str, PAGE_SIZES))} on a GPU, not {config.page_size}; "
                 "device='cpu' takes any",
             )
-        validate(plan, model.operations, gpu_sms=self._device.sms)
-        available_partitions(stream.sms for stream in plan.streams)  # refuses what this GPU cannot give
+        for plan in plans:
+            validate(plan, model.operations, gpu_sms=self._device.sms)
+            available_partitions(stream.sms for stream in plan.streams)  # refuses what this GPU cannot give
         config = replace(config, device="cuda", dtype="bfloat16")
         assert config.max_num_seqs is not None
         assert config.max_model_len is not None
         workspace = workspace_bytes(
             model,
-            plan,
+            plans,
             max_num_seqs=config.max_num_seqs,
             max_model_len=config.max_model_len,
             page_size=config.page_size,
@@ -160,20 +176,20 @@ class GpuBackend:
         num_pages, num_host_pages = gpu_pool_sizes(config, model.config, memory)
         return replace(config, num_pages=num_pages, num_host_pages=num_host_pages)
 
-    def stored_plan(self, model: Model, dense_batch_size: int) -> PipelinePlan | None:
+    def stored_plans(self, model: Model, dense_batch_size: int) -> list[PipelinePlan]:
         from nf.graphs.partition import available_partitions
-        from nf.graphs.plan_store import find_plan
+        from nf.graphs.plan_store import find_plans
 
-        stored = find_plan(model, self._device.name, dense_batch_size, gpu_sms=self._device.sms)
-        if stored is None:
-            return None
-        try:
-            available_partitions(stream.sms for stream in stored.plan.streams)
-        except InputError as error:  # it was not the user who chose it
-            logger.warning("%s is passed over: %s", stored.path, error)
-            return None
-        logger.info("plan: %s, from %s", stored.plan.name, stored.path)
-        return stored.plan
+        found = []
+        for stored in find_plans(model, self._device.name, dense_batch_size, gpu_sms=self._device.sms):
+            try:
+                available_partitions(stream.sms for stream in stored.plan.streams)
+            except InputError as error:  # it was not the user who chose it
+                logger.warning("%s is passed over: %s", stored.path, error)
+                continue
+            logger.info("plan: %s, from %s", stored.plan.name, stored.path)
+            found.append(stored.plan)
+        return found
 
     def preemption_costs(self, config: EngineConfig, model: Model) -> tuple[float, float]:
         """Seconds: swapping is bound by the link to the host, recomputing by the tensor cores."""
@@ -182,7 +198,12 @@ class GpuBackend:
         return swap_seconds_per_page(model.config, config.page_size), recompute_seconds_per_token(model)
 
     def start(
-        self, config: EngineConfig, model: Model, plan: PipelinePlan, model_dir: Path | None, startup: Startup
+        self,
+        config: EngineConfig,
+        model: Model,
+        plans: Sequence[PipelinePlan],
+        model_dir: Path | None,
+        startup: Startup,
     ) -> Executor:
         from nf.executors.gpu import GpuExecutor
         from nf.executors.gpu_weights import load_device_weights, random_device_weights
@@ -194,7 +215,7 @@ class GpuBackend:
                 weights = random_device_weights(model, config.seed)
             else:
                 weights = load_device_weights(model, model_dir)
-        executor = GpuExecutor(model, weights, plan, device=self._device, artifacts=compiled, **sizes(config))
+        executor = GpuExecutor(model, weights, plans, device=self._device, artifacts=compiled, **sizes(config))
         startup |= executor.startup
         return executor
 

@@ -60,9 +60,9 @@ class EngineConfig:
 
     ``max_num_batched_tokens`` is the dense batch size B_dense. ``max_num_seqs`` None: 256 on the CPU, 2048 on the GPU,
     and never more than the dense batch has rows. ``num_pages`` and ``num_host_pages`` override the sizes derived from
-    memory. ``plan`` is a built-in plan's name or a JSON file; None takes the one measured to be the fastest for the
-    model's shape, GPU and dense batch, and where nothing was measured the sequential one. ``random_weights`` draws the
-    weights (with ``seed``) instead of reading them; the model may then also be one of nf.models.shapes.
+    memory. ``plan`` is a built-in plan's name or a JSON file; None takes those measured to be the fastest for the
+    model's shape, the GPU and what a step holds, and where nothing was measured the sequential one. ``random_weights``
+    draws the weights (with ``seed``) instead of reading them; the model may then also be one of nf.models.shapes.
     """
 
     dtype: DType = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -74,7 +75,7 @@ def load(model: str | os.PathLike[str], **options: Unpack[Options]) -> Loaded:
     declared = declare(model_config)
     with timed(startup, "text"):
         tokenizer, chat_template = _load_text(model_dir, text_options)
-    plan = _load_plan(config, declared, "max_num_batched_tokens" in options)
+    plans = [_load_plan(config, declared, "max_num_batched_tokens" in options)]
     with timed(startup, "device"):
         choice = choose_device(config.device, declared)
         level = logging.WARNING if choice.leaves_gpu else logging.INFO
@@ -82,8 +83,8 @@ def load(model: str | os.PathLike[str], **options: Unpack[Options]) -> Loaded:
         assert (choice.name == "cuda") == (choice.kernels is not None)
         backend: Backend = GpuBackend(choice.kernels) if choice.kernels is not None else CpuBackend()
         if config.plan is None:
-            plan = backend.stored_plan(declared, plan.dense_batch_size) or plan
-        config = _resolve(config, declared, plan, backend, os.fspath(model_dir or model))
+            plans += backend.stored_plans(declared, plans[0].dense_batch_size)
+        config = _resolve(config, declared, plans, backend, os.fspath(model_dir or model))
     assert config.max_model_len is not None
     assert config.max_num_seqs is not None
     inputs = Inputs(
@@ -95,7 +96,7 @@ def load(model: str | os.PathLike[str], **options: Unpack[Options]) -> Loaded:
         seed=config.seed,
     )
     scheduler = Scheduler(_scheduler_config(config, declared, backend))
-    executor = backend.start(config, declared, plan, None if config.random_weights else model_dir, startup)
+    executor = backend.start(config, declared, plans, None if config.random_weights else model_dir, startup)
     return Loaded(config, model_config, scheduler, executor, inputs, tokenizer, choice.reason, startup)
 
 
@@ -160,19 +161,22 @@ def _load_plan(config: EngineConfig, model: Model, size_is_given: bool) -> Pipel
         raise InputError("max_num_batched_tokens", sentence) from error
 
 
-def _resolve(config: EngineConfig, model: Model, plan: PipelinePlan, backend: Backend, name: str) -> EngineConfig:
+def _resolve(
+    config: EngineConfig, model: Model, plans: Sequence[PipelinePlan], backend: Backend, name: str
+) -> EngineConfig:
     """The configuration with every "auto" and None decided."""
+    dense_batch_size = plans[0].dense_batch_size
     max_num_seqs = config.max_num_seqs
     if max_num_seqs is None:  # every decoding sequence needs a row of the dense batch
-        max_num_seqs = min(backend.max_num_seqs, plan.dense_batch_size)
+        max_num_seqs = min(backend.max_num_seqs, dense_batch_size)
     config = replace(
         config,
-        plan=plan.name,
-        max_num_batched_tokens=plan.dense_batch_size,
+        plan=", ".join(dict.fromkeys(plan.name for plan in plans)),
+        max_num_batched_tokens=dense_batch_size,
         max_num_seqs=max_num_seqs,
         max_model_len=_max_model_len(config.max_model_len, model.config),
     )
-    return backend.resolve(config, model, plan, name)
+    return backend.resolve(config, model, plans, name)
 
 
 def _max_model_len(asked: int | None, model: ModelConfig) -> int:

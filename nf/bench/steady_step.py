@@ -30,15 +30,19 @@ class Load:
     Args:
         dense_batch_size: tokens of a step.
         input_len, output_len: of every request.
+        decode_only: no more prompts come.
     """
 
     dense_batch_size: int
     input_len: int
     output_len: int
+    decode_only: bool = False
 
     @property
     def num_decode(self) -> int:
         """Sequences that decode: a request needs ``input_len`` prefill rows and ``output_len − 1`` decode rows."""
+        if self.decode_only:
+            return self.dense_batch_size
         decodes = self.output_len - 1
         return round(self.dense_batch_size * decodes / (self.input_len + decodes))
 

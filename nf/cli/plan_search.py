@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,9 +221,9 @@ def _measured(
     loads: list[Load],
 ) -> dict[str, Any]:
     """A search's record, the fastest plan stored and drawn."""
-    from nf.graphs.plan_store import save_plan
+    from nf.graphs.plan_store import save_plans
     from nf.planning.profile import ProfileKey
-    from nf.planning.search import bounds, search
+    from nf.planning.search import bounds, chosen_plans, search
     from nf.planning.search_record import record
 
     on, bench = where.on, where.bench
@@ -237,8 +237,8 @@ def _measured(
     result = record(found, bounds(model, profile, loads), head)
     if not args.no_store:
         folder = Path(args.store) if args.store else None
-        best = replace(found.best.candidate.plan, model=Path(args.model).name, gpu=on.gpu)
-        result["stored"] = str(save_plan(best, model.config, on.gpu, result, folder=folder))
+        best = chosen_plans(found, Path(args.model).name, on.gpu)
+        result["stored"] = [str(path) for path in save_plans(best, model.config, on.gpu, result, folder=folder)]
     if args.plot is not None:
         assert where.device is not None
         _say(args, "tracing")
@@ -247,12 +247,15 @@ def _measured(
 
 
 def _plot(args: argparse.Namespace, model: Model, device: Device, found: Search) -> None:
-    """Fig. 10: the sequential plan and the chosen one; if they are the same, the first that overlaps."""
+    """Fig. 10: the sequential plan and the one that gains most; if none does, the first that overlaps."""
     from nf.planning.gpu_step_bench import GpuStepBench
     from nf.planning.hardware import accelerator
     from nf.planning.usage_picture import traced, usage_picture
 
-    before, after, load = found.sequential.candidate, found.best.candidate, found.loads[0]
+    before = found.sequential.candidate
+    gains = [1 - best.ratios(found.sequential)[number] for number, best in enumerate(found.best)]
+    number = gains.index(max(gains))
+    after, load = found.best[number].candidate, found.loads[number]
     if after.plan == before.plan:
         after = next((r.candidate for r in found.results if len(r.candidate.plan.streams) > 1), before)
     bench, card = GpuStepBench(model, device), accelerator("auto")
@@ -273,7 +276,7 @@ def _predicted(
     results = tuple(Result(candidate) for candidate in wanted)
     source = "" if profile is None else "{gpu}, {driver}, {kernels}".format(**asdict(profile.key))
     head = {"model": args.model, "profile": source}
-    return record(Search(tuple(loads), results, results[0]), bounds(model, profile, loads), head)
+    return record(Search(tuple(loads), results, (results[0],) * len(loads)), bounds(model, profile, loads), head)
 
 
 def _print(args: argparse.Namespace, result: dict[str, Any]) -> None:

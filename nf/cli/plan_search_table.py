@@ -8,8 +8,8 @@ from typing import Any
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
-    """A search's record for people: a table per load, then what was chosen."""
-    measured = result["chosen"] is not None
+    """A search's record for people: a table per load with what was chosen."""
+    measured = any(load["chosen"] is not None for load in result["loads"])
     where = f"on {result['gpu']}" if "gpu" in result else f"predicted ({result['profile']})"
     yield f"{result['model']} {where}, {result['dense_batch_size']:,} tokens per step"
     width = max(len(plan["name"]) for plan in result["plans"])
@@ -31,11 +31,13 @@ def table(result: dict[str, Any]) -> Iterator[str]:
                 f"  by the profile no plan takes less than {1e3 * bound:,.2f} ms; "
                 f"the best of these is {100 * (best / bound - 1):.1f} % above"
             )
-    if measured:
+        if measured:
+            yield _verdict(load)
+    if (error := result["median_prediction_error"]) is not None:
         yield ""
-        yield _verdict(result)
-    if "stored" in result:
-        yield f"kept in {result['stored']}"
+        yield f"predictions were off by {100 * error:.1f} % (median)"
+    for path in result.get("stored", ()):
+        yield f"kept in {path}"
 
 
 Columns = tuple[tuple[str, int, str, float, int, str], ...]
@@ -57,14 +59,12 @@ _PREDICTED: Columns = (
 )
 
 
-def _verdict(result: dict[str, Any]) -> str:
+def _verdict(load: dict[str, Any]) -> str:
     from nf.planning.search import SEQUENTIAL, WORTH
 
-    error = result["median_prediction_error"]
-    told = f"; predictions were off by {100 * error:.1f} % (median)" if error is not None else ""
-    if result["chosen"] == SEQUENTIAL:
-        return f"fastest: sequential; no other plan is faster by more than {100 * WORTH:g} % at every load{told}"
-    return f"fastest: {result['chosen']}, {100 * (result['speed_up'] - 1):.1f} % over sequential{told}"
+    if load["chosen"] == SEQUENTIAL:
+        return f"  fastest: sequential; no other plan is faster by more than {100 * WORTH:g} %"
+    return f"  fastest: {load['chosen']}, {100 * (load['speed_up'] - 1):.1f} % over sequential"
 
 
 def _number(value: float | None, scale: float, digits: int, unit: str) -> str:

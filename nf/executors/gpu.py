@@ -1,8 +1,8 @@
 """GpuExecutor: a plan's nano-operations as CUDA graphs. One upload, one replay and one download per step.
 
-Graphs are captured at the start, a few for all sizes of batch (nf.graphs.pool): the plan's own for full ones, the
-sequential plan for smaller ones. Steps run in the order they are submitted, on one stream; a thread waits for their
-results, so that the next step is enqueued long before one ends.
+Graphs are captured at the start, a few for all sizes of batch (nf.graphs.pool): of the plans given for the steps that
+they were made for, of the sequential plan for others. Steps run in the order they are submitted, on one stream; a
+thread waits for their results, so that the next step is enqueued long before one ends.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class GpuExecutor:
     Args:
         model: what to run.
         weights: on the device; the executor frees them.
-        plan: of the nano-operations; its ``dense_batch_size`` bounds the tokens of a step.
+        plans: of the nano-operations, each for some steps; the first one's ``dense_batch_size`` bounds the tokens of
+            any step.
         device: where to run.
         artifacts: every kernel, compiled for it.
         page_size: tokens per KV page.
@@ -83,7 +84,7 @@ class GpuExecutor:
         max_model_len: tokens of a sequence.
 
     Raises:
-        PlanError: the plan does not fit the model or the GPU.
+        PlanError: a plan does not fit the model or the GPU.
         ModelError: the model has an operation or a bias that there is no kernel for.
         DeviceMemoryError: the GPU has not enough memory free.
 
@@ -94,7 +95,7 @@ class GpuExecutor:
         self,
         model: Model,
         weights: DeviceWeights,
-        plan: PipelinePlan,
+        plans: Sequence[PipelinePlan],
         *,
         device: Device,
         artifacts: Sequence[Artifact],
@@ -113,17 +114,18 @@ class GpuExecutor:
         self._model = model
         self._device = device
         self._loader = KernelLoader(artifacts)
-        self._sizes = Sizes(plan.dense_batch_size, max_num_seqs, max_model_len, page_size)
+        self._sizes = Sizes(plans[0].dense_batch_size, max_num_seqs, max_model_len, page_size)
         self._failure: Exception | None = None  # the first; set by either thread and never taken back
         self._closed = False
         with ExitStack() as undo:
             undo.callback(weights.free)
             undo.callback(self._loader.free)
             _check_model(model)
-            validate(plan, model.operations, gpu_sms=device.sms)
-            plans = step_plans(plan, model.operations)
-            self._allocate(weights, [step.plan for step in plans], undo)
-            self._capture(plans, undo)
+            for plan in plans:
+                validate(plan, model.operations, gpu_sms=device.sms)
+            steps = step_plans(plans, model.operations)
+            self._allocate(weights, [step.plan for step in steps], undo)
+            self._capture(steps, undo)
             self._undo = undo.pop_all()
         self._running: queue.SimpleQueue[_Running | None] = queue.SimpleQueue()
         self._in_flight = threading.Semaphore(MAX_IN_FLIGHT)
@@ -183,7 +185,7 @@ class GpuExecutor:
         """
         self._check_open()
         self._device.use()
-        step, _ = self._pool.find(batch.num_tokens, batch.decode_only)
+        step, _ = self._pool.find(batch.num_tokens, batch.num_decode)
         self._memory.inputs.upload(batch, self._stream.handle)
         return capture_traced(
             Layers(self._model, step.plan, self._kernels, self._memory, self._sizes, self._device.sms),
@@ -260,11 +262,11 @@ class GpuExecutor:
         self._submitted = 0
         self.startup["executor"] = time.perf_counter() - started
 
-    def _capture(self, plans: Sequence[StepPlan], undo: ExitStack) -> None:
+    def _capture(self, steps: Sequence[StepPlan], undo: ExitStack) -> None:
         started = time.perf_counter()
         stream = self._stream.handle
         graphs = []
-        for step in plans:
+        for step in steps:
             self._layers = Layers(self._model, step.plan, self._kernels, self._memory, self._sizes, self._device.sms)
             graph = capture(
                 unroll(step.plan, step.operations, self._config.num_layers),
@@ -297,7 +299,7 @@ class GpuExecutor:
         start.record(stream)
         self._pages.move(batch, self._kernels.page_copy, self._memory.inputs.pointers, self._device.sms, stream)
         if batch.num_tokens:
-            _, graph = self._pool.find(batch.num_tokens, batch.decode_only)
+            _, graph = self._pool.find(batch.num_tokens, batch.num_decode)
             graph.launch(stream)
         self._prompt_logprobs(len(batch.prompt_logprobs.rows), stream)
         end.record(stream)

@@ -80,12 +80,12 @@ def step_memory(
 
 
 def workspace_bytes(
-    model: Model, plan: PipelinePlan, *, max_num_seqs: int, max_model_len: int, page_size: int, sms: int
+    model: Model, plans: Sequence[PipelinePlan], *, max_num_seqs: int, max_model_len: int, page_size: int, sms: int
 ) -> int:
-    """Device memory that an executor takes beside weights and KV pages, a little more rather than less."""
-    sizes = Sizes(plan.dense_batch_size, max_num_seqs, max_model_len, page_size)
-    plans = [step.plan for step in step_plans(plan, model.operations)]
-    buffers = buffer_layout(model.config, sizes, plans, sms).num_bytes
+    """Device memory that an executor of ``plans`` takes beside weights and KV pages, a little more rather than less."""
+    sizes = Sizes(plans[0].dense_batch_size, max_num_seqs, max_model_len, page_size)
+    captured = [step.plan for step in step_plans(plans, model.operations)]
+    buffers = buffer_layout(model.config, sizes, captured, sms).num_bytes
     edited_rows = 2 * sms * model.config.vocab_size * 4  # of sampling
     pages = max_num_seqs * -(-max_model_len // page_size)
     inputs = 4 * pages + max_num_seqs * (64 << 10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 
 from nf.bench.measure import Measurement
@@ -42,6 +43,9 @@ class GpuStepBench:
         return artifacts(all_sources(), self._device.arch)
 
     def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
+        """Of each load, with the graphs of ``plan`` captured once; ``plan`` runs them all."""
+        if all(load.decode_only for load in loads):
+            plan = replace(plan, decode_tokens=plan.dense_batch_size)
         with self._executor(plan, loads) as executor:
             batches = [load.batch(PAGE_SIZE, executor.num_pages) for load in loads]
             return [measure_step(executor, batch, warm=WARM_SECONDS, run=self._run_seconds) for batch in batches]
@@ -64,7 +68,7 @@ class GpuStepBench:
         }
         weights = random_device_weights(self._model, 0)
         try:
-            needed = workspace_bytes(self._model, plan, **sizes, sms=self._device.sms)
+            needed = workspace_bytes(self._model, [plan], **sizes, sms=self._device.sms)
             free = self._device.memory()[0] - needed - SPARE_BYTES
             config = self._model.config
             num_pages = min(
@@ -78,7 +82,7 @@ class GpuStepBench:
             executor = GpuExecutor(
                 self._model,
                 weights,
-                plan,
+                [plan],
                 device=self._device,
                 artifacts=self._artifacts,
                 num_pages=num_pages,

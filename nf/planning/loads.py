@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nf.bench.steady_step import Load
 from nf.errors import InputError
@@ -22,7 +23,7 @@ def loads(
     """One load of these lengths, or one per decode share with as many tokens in and out together.
 
     Args:
-        decode_shares: of the tokens of a step, each between 0 and 1.
+        decode_shares: of the tokens of a step, each above 0; with 1 no prompt is left to be read.
         kv_tokens: that the KV cache holds; with more decode tokens requests get shorter, as no more would be running
             otherwise. None: no bound.
 
@@ -38,8 +39,11 @@ def loads(
         return [fitting(Load(dense_batch_size, input_len, output_len), kv_tokens)]
     found = []
     for share in decode_shares:
-        if not 0 < share < 1:
-            raise InputError("decode_shares", f"must be above 0 and below 1, got {share:g}")
+        if not 0 < share <= 1:
+            raise InputError("decode_shares", f"must be above 0 and at most 1, got {share:g}")
+        if share == 1:
+            found.append(fitting(Load(dense_batch_size, input_len, output_len, decode_only=True), kv_tokens))
+            continue
         decodes = max(1, round(share * (input_len + output_len)))
         prompt = max(1, input_len + output_len - decodes)
         found.append(fitting(Load(dense_batch_size, prompt, decodes + 1), kv_tokens))
@@ -49,7 +53,8 @@ def loads(
 def fitting(load: Load, kv_tokens: int | None) -> Load:
     """The load, with its requests shortened in proportion until the KV cache holds them."""
     while kv_tokens is not None and load.kv_tokens > kv_tokens and load.input_len > 1 and load.output_len > 2:
-        load = Load(load.dense_batch_size, max(1, int(load.input_len * SHRINK)), max(2, int(load.output_len * SHRINK)))
+        input_len, output_len = max(1, int(load.input_len * SHRINK)), max(2, int(load.output_len * SHRINK))
+        load = replace(load, input_len=input_len, output_len=output_len)
     return load
 
 

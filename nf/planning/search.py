@@ -1,8 +1,8 @@
-"""The last stage of the search: candidates are measured in the real step, and the fastest plan is kept.
+"""The last stage of the search: candidates are measured in the real step, and the fastest plan of each load is kept.
 
-Predictions choose what is worth measuring, measurements choose the plan. Two plans that differ by less than runs of one
-and the same plan do are no different, so a plan other than the sequential one has to win clearly, at every load, and
-to win again when both are measured once more.
+Predictions choose what is worth measuring, measurements choose the plans. Two plans that differ by less than runs of
+one and the same plan do are no different, so a plan other than the sequential one has to win clearly, and to win again
+when both are measured once more.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, median
+from statistics import median
 
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
@@ -53,11 +53,8 @@ class Result:
     measured: tuple[Measurement, ...] = ()
     error: str = ""
 
-    def ratio(self, base: Result) -> float:
-        """Time over that of ``base``, the geometric mean over the loads."""
-        return math.exp(fmean(math.log(r) for r in self.ratios(base)))
-
     def ratios(self, base: Result) -> list[float]:
+        """Time over that of ``base``, per load."""
         return [own.seconds / other.seconds for own, other in zip(self.measured, base.measured, strict=True)]
 
     def errors(self) -> list[float]:
@@ -68,11 +65,15 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What was measured, the sequential plan first, and which plan is the fastest."""
+    """What was measured, the sequential plan first, and which plan is the fastest.
+
+    Args:
+        best: per load; the sequential one if nothing was measured.
+    """
 
     loads: tuple[Load, ...]
     results: tuple[Result, ...]
-    best: Result  # the sequential one if nothing was measured
+    best: tuple[Result, ...]
 
     @property
     def sequential(self) -> Result:
@@ -178,10 +179,10 @@ def search(
     *,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Search:
-    """Measure all candidates and choose.
+    """Measure all candidates and choose one for each load.
 
-    A plan that the hardware refuses, or has not enough memory for, is noted and left out; one that cannot be measured
-    once more is not chosen.
+    A plan that the hardware refuses, or has not enough memory for, is noted and left out; if those that win cannot be
+    measured once more, the sequential plan stays.
 
     Args:
         wanted: the sequential plan first.
@@ -197,34 +198,44 @@ def search(
                 raise
             results.append(Result(candidate, error=str(error)))
         progress("  " + (results[-1].error or ", ".join(f"{1e3 * m.seconds:.2f} ms" for m in results[-1].measured)))
-    best = fastest(results)
-    if best is not results[0]:
-        again = []
-        try:
-            for result in (results[0], best):
-                progress(f"measuring {result.candidate.plan.name} once more")
-                second = bench.measure(result.candidate.plan, loads)
-                means = tuple(_mean(a, b) for a, b in zip(result.measured, second, strict=True))
-                again.append(replace(result, measured=means))
-        except NfError as error:
-            name = result.candidate.plan.name
-            progress(f"sequential stays: there is no second measurement of {name} ({error})")
-            return Search(tuple(loads), tuple(results), results[0])
-        results[results.index(best)], results[0] = again[1], again[0]
-        best = fastest(again)
-    return Search(tuple(loads), tuple(results), best)
-
-
-def fastest(results: Sequence[Result]) -> Result:
-    """The fastest plan over all loads that is nowhere slower than the first, which stays unless another is clearly
-    faster."""
     base = results[0]
-    better = [
-        (result.ratio(base), index)
-        for index, result in enumerate(results)
-        if result.measured and max(result.ratios(base)) <= 1 and result.ratio(base) < 1 - WORTH
+    winners = [result for result in dict.fromkeys(fastest(results, len(loads))) if result is not base]
+    if winners:
+        try:
+            again = [_once_more(result, loads, bench, progress) for result in (base, *winners)]
+        except NfError as error:
+            progress(f"sequential stays: there is no second measurement ({error})")
+            return Search(tuple(loads), tuple(results), (base,) * len(loads))
+        for before, after in zip((base, *winners), again, strict=True):
+            results[results.index(before)] = after
+        return Search(tuple(loads), tuple(results), tuple(fastest(again, len(loads))))
+    return Search(tuple(loads), tuple(results), (base,) * len(loads))
+
+
+def _once_more(result: Result, loads: Sequence[Load], bench: StepBench, progress: Callable[[str], object]) -> Result:
+    """The result with the means of its measurements and of new ones."""
+    progress(f"measuring {result.candidate.plan.name} once more")
+    second = bench.measure(result.candidate.plan, loads)
+    return replace(result, measured=tuple(_mean(a, b) for a, b in zip(result.measured, second, strict=True)))
+
+
+def fastest(results: Sequence[Result], num_loads: int) -> list[Result]:
+    """Per load the fastest plan, which is the first of ``results`` unless another is clearly faster."""
+    base = results[0]
+    ratios = [(result.ratios(base) if result.measured else [1.0] * num_loads) for result in results]
+    found = []
+    for load in range(num_loads):
+        best = min(range(len(results)), key=lambda index: ratios[index][load])
+        found.append(results[best] if ratios[best][load] < 1 - WORTH else base)
+    return found
+
+
+def chosen_plans(found: Search, model: str, gpu: str) -> list[PipelinePlan]:
+    """The fastest plans, each with what it is for: the step of its load."""
+    return [
+        replace(result.candidate.plan, model=model, gpu=gpu, decode_tokens=load.num_decode)
+        for load, result in zip(found.loads, found.best, strict=True)
     ]
-    return results[min(better)[1]] if better else base
 
 
 def _mean(a: Measurement, b: Measurement) -> Measurement:

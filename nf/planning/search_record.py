@@ -24,15 +24,15 @@ def record(found: Search, bounds: Sequence[float | None], head: Mapping[str, Any
             "output_len": load.output_len,
             "decode_tokens": load.num_decode,
             "predicted_bound_s": bound,
+            "chosen": best.candidate.plan.name if best.measured else None,
+            "speed_up": 1 / best.ratios(found.sequential)[number] if best.measured else None,
         }
-        for load, bound in zip(found.loads, bounds, strict=True)
+        for number, (load, bound, best) in enumerate(zip(found.loads, bounds, found.best, strict=True))
     ]
     return {
         **head,
         "dense_batch_size": found.loads[0].dense_batch_size,
         "loads": loads,
-        "chosen": found.best.candidate.plan.name if found.best.measured else None,
-        "speed_up": 1 / found.best.ratio(found.sequential) if found.best.measured else None,
         "median_prediction_error": _number(found.median_error),
         "plans": [_plan_record(result, found) for result in found.results],
     }

@@ -97,7 +97,7 @@ def gpu_executor(
     plan = sequential_plan(model.operations, plan) if isinstance(plan, int) else plan
     on_device = load_device_weights(model, weights) if isinstance(weights, Path) else upload_weights(model, weights)
     compiled = artifacts(all_sources(), device.arch)
-    run = GpuExecutor(model, on_device, plan, device=device, artifacts=compiled, **(SIZES | sizes))
+    run = GpuExecutor(model, on_device, [plan], device=device, artifacts=compiled, **(SIZES | sizes))
     try:
         yield run
     finally:

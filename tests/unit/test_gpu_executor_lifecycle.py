@@ -137,7 +137,7 @@ def executor(card: Card, dense_batch_size: int = 8, model: Model = MODEL) -> Gpu
     return GpuExecutor(
         model,
         SimpleNamespace(free=card.owner("weights")),  # type: ignore[arg-type]
-        load_plan("sequential", MODEL.operations, dense_batch_size),
+        [load_plan("sequential", MODEL.operations, dense_batch_size)],
         device=SimpleNamespace(sms=132, use=lambda: None),  # type: ignore[arg-type]
         artifacts=[],
         page_size=16,

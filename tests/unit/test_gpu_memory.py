@@ -62,7 +62,7 @@ def make(model: Model, plan: Any, sizes: Sizes, undo: ExitStack, num_host_pages:
     weights: Any = None
     return step_memory(
         config,
-        [step.plan for step in step_plans(plan, model.operations)],
+        [step.plan for step in step_plans([plan], model.operations)],
         sizes,
         kernels,
         weights,
@@ -113,5 +113,5 @@ def test_no_more_is_taken_than_loading_leaves(monkeypatch: pytest.MonkeyPatch, n
     with ExitStack() as undo:
         make(model, chosen, Sizes(2048, seqs, length, 16), undo, num_host_pages=2000)
         taken = sum(each.num_bytes for each in device_double.LIVE if isinstance(each, Counted))
-    reckoned = workspace_bytes(model, chosen, max_num_seqs=seqs, max_model_len=length, page_size=16, sms=SMS)
+    reckoned = workspace_bytes(model, [chosen], max_num_seqs=seqs, max_model_len=length, page_size=16, sms=SMS)
     assert taken <= reckoned - RESERVED_BYTES <= 1.2 * taken
