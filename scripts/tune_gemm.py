@@ -62,7 +62,8 @@ GROUPS, EVICTING_GROUPS = (1, 4, 16), (1, 8)
 
 def candidates() -> list[GemmConfig]:
     """Everything worth a try."""
-    found = [GemmConfig(128, n, 2, 1) for n in (64, 80, 96, 128, 160, 192, 224, 256)]
+    found = [GemmConfig(128, n) for n in (192, 224, 256)]  # an odd number of blocks of 128 rows
+    found += [GemmConfig(128, n, 2, 1) for n in (64, 80, 96, 128, 160, 192, 224, 256)]
     found += [GemmConfig(128, n, 1, 2) for n in (96, 128, 192, 224, 256)]
     found += [GemmConfig(128, n, split=2) for n in (64, 96, 128, 160, 192, 256)]
     found += [GemmConfig(128, n, split=4) for n in (128, 192, 256)]
