@@ -1,10 +1,11 @@
 // Drawing a token: temperature, min-p, top-k, top-p, and the highest sum of scaled logit and Gumbel noise.
 //
 // Noise is drawn for every token that is kept, but its two logarithms are worked out for few. With u uniform, a token of
-// weight p = exp(logit/T) ≤ 1 beats the score b only if −log u ≤ p·exp(−b), and −log u ≥ 1 − u. So 1 − u ≤ exp(−b) is
-// asked of all, as a comparison of integers, then 1 − u ≤ p·exp(−b), with margins for rounding. The few that pass are
-// scored exactly and lower the bar exp(−b) for the rest. The highest score of tokens that weigh W together exceeds
-// log(W / r) but with probability exp(−r), so the bar begins at r / W; should the winner miss that, all is done again.
+// weight p = exp(logit/T) ≤ 1 beats the score b only if −log u ≤ p·exp(−b), and −log u ≥ 1 − u. So 1 − u ≤ p·exp(−b) is
+// asked of eight tokens at once, with the greatest u and the greatest p of them, then of each, with margins for rounding.
+// The few that pass are scored exactly and lower the bar exp(−b) for the rest. Where p·exp(−b) is below the least −log u
+// there is, no noise is drawn. The highest score of tokens that weigh W together exceeds log(W / r) but with probability
+// exp(−r), so the bar begins at r / W; should the winner miss that, all is done again.
 #pragma once
 #include "philox.cuh"
 #include "select.cuh"
@@ -57,11 +58,12 @@ struct Cut {
     float floor = -INFINITE; // logits below have no weight
     int tie = -1;            // tokens up to this id are kept if they equal `high`
     bool draw = true;
+    bool count = false;      // the tokens kept
     float all = 0;           // weight of all; 0: not known
 };
 
 struct Sums {
-    uint32_t count, unused;  // of tokens kept
+    uint32_t count, unused;  // of tokens kept, where they were to be counted
     double kept, all;        // weight
 };
 
@@ -69,27 +71,21 @@ __device__ __forceinline__ Sums operator+(const Sums& a, const Sums& b) {
     return {a.count + b.count, 0, a.kept + b.kept, a.all + b.all};
 }
 
-// What the upper bits of some noise must reach at least for a token to pass a bar below 1.
-__device__ __forceinline__ uint32_t least_word(float bar) {
-    return bar < 0.9f ? ~(static_cast<uint32_t>(bar * 0x1p32f) + 4096u) : 0;
-}
-
 // One pass over the row. FILTERED also sums weights and fills the list, which must be clear.
 template <bool FILTERED, class Row>
 __device__ __forceinline__ Sums draw_pass(
     const Row& row, Shared& shared, Stream& stream, const Choice& choice, const Weight& weight, const Cut& cut, float bar,
     Best& best, const Source& then) {
+    // Rounding of weights is within MARGIN, and so is what ex2.approx may lack of being monotone (2⁻²¹).
     constexpr float MARGIN = 1.0001f, NEAR_ONE = 1.0f + 4e-7f;
+    constexpr float LEAST = 0.99f * 0x1p-24f;  // −log u is at least 2⁻²⁴
     constexpr int GROUP = 8 / Row::WIDTH;  // vectors whose noise is worked out together
-    if (threadIdx.x == 0) {
-        shared.bar = __float_as_uint(bar * MARGIN);
-        shared.least_word = least_word(bar * MARGIN);
-    }
+    constexpr int GROUPS = Batch<Row>::VECTORS / GROUP;
+    if (threadIdx.x == 0) shared.bar = __float_as_uint(bar * MARGIN);
     __syncthreads();
     const Philox noise = choice.noise;
     const float high_before_tie = next_below(cut.high);
     const volatile uint32_t* const lowest_bar = &shared.bar;
-    const volatile uint32_t* const least = &shared.least_word;
     const bool sum_all = FILTERED && cut.all == 0;
     // A quick test of whether a logit is listed: its distance from the middle of the range. Arithmetic rather than logic, of
     // which a thread has little: predicates are few.
@@ -97,36 +93,50 @@ __device__ __forceinline__ Sums draw_pass(
     const bool lists = cut.low <= upper;
     const float middle = lists ? 0.5f * cut.low + 0.5f * upper : 0.0f;
     const float reach = lists ? 0.5f * (upper - cut.low) + 1e-6f * fmaxf(fabsf(cut.low), fabsf(upper)) : -1.0f;
+    const float lowest = fminf(cut.low, high_before_tie);  // what is below is neither kept nor listed
     float kept = 0, all = 0, count = 0;
     stream.batches(row, then, [&](const Batch<Row>& batch) {
         const auto& x = batch.x;
+        float highest[GROUPS], peak = -INFINITE;  // of each group, of all
 #pragma unroll
-        for (int first = 0; first < VECTORS; first += GROUP) {
+        for (int i = 0; i < GROUPS; ++i) {
+            highest[i] = fmaxf(batch.highest[i * GROUP], batch.highest[i * GROUP + GROUP - 1]);
+            peak = fmaxf(peak, highest[i]);
+        }
+        if (FILTERED && !sum_all && !__any_sync(~0u, peak >= lowest)) return;
+        const float scale = __uint_as_float(*lowest_bar);
+#pragma unroll
+        for (int group = 0; group < GROUPS; ++group) {
+            const int first = group * GROUP;
             auto id_of = [&](int i) { return batch.id + (first + i) * batch.STRIDE; };
             float high[GROUP];
 #pragma unroll
             for (int i = 0; i < GROUP; ++i)
                 high[i] = FILTERED && id_of(i) + Row::WIDTH - 1 <= cut.tie ? high_before_tie : cut.high;
             if constexpr (FILTERED) {
-                float above = 0, nearest = INFINITE;
+                float nearest = INFINITE;
 #pragma unroll
                 for (int i = 0; i < GROUP; ++i) {
 #pragma unroll
                     for (int j = 0; j < Row::WIDTH; ++j) {
                         const float value = x[first + i][j];
-                        const float one = value > high[i] ? 1.0f : 0.0f;
-                        kept = fmaf(weight(value), one, kept);
-                        above += one;
+                        kept = fmaf(weight(value), value > high[i] ? 1.0f : 0.0f, kept);
                         nearest = fminf(nearest, fabsf(value - middle));
                     }
                 }
-                count += above;
+                if (cut.count) {  // compared anew, or the compiler adds up in any case
+#pragma unroll
+                    for (int i = 0; i < GROUP; ++i) {
+#pragma unroll
+                        for (int j = 0; j < Row::WIDTH; ++j) count += opaque(x[first + i][j]) > high[i] ? 1.0f : 0.0f;
+                    }
+                }
                 if (sum_all) {
 #pragma unroll
                     for (int i = 0; i < GROUP; ++i) {
 #pragma unroll
                         for (int j = 0; j < Row::WIDTH; ++j)
-                            all += x[first + i][j] >= cut.floor ? weight(x[first + i][j]) : 0.0f;
+                            all = fmaf(weight(x[first + i][j]), x[first + i][j] >= cut.floor ? 1.0f : 0.0f, all);
                     }
                 }
                 if (nearest <= reach) {
@@ -134,19 +144,20 @@ __device__ __forceinline__ Sums draw_pass(
                     for (int i = 0; i < GROUP; ++i) {
 #pragma unroll
                         for (int j = 0; j < Row::WIDTH; ++j) {
-                            const float value = x[first + i][j];
+                            const float value = opaque(x[first + i][j]);  // rare, as below
                             if (!(value > high[i]) && value >= cut.low) push(shared, value, id_of(i) + j);
                         }
                     }
                 }
-                if (!cut.draw || !__any_sync(~0u, above > 0)) continue;
+                if (!cut.draw) continue;
             }
+            const float bound = !FILTERED || highest[group] > high[0] ? weight(highest[group]) * scale : 0.0f;
+            if (!__any_sync(~0u, bound >= LEAST)) continue;
             uint32_t words[8], most = 0;
-            noise.words<2>(id_of(0) / 4, words, GROUP == 2 ? batch.STRIDE / 4 : 1);
+            noise.words<2>(static_cast<uint32_t>(id_of(0)) / 4, words, GROUP == 2 ? batch.STRIDE / 4 : 1);
 #pragma unroll
             for (int j = 0; j < 8; ++j) most = max(most, words[j]);
-            if (most < *least) continue;
-            const float scale = __uint_as_float(*lowest_bar);
+            if (!(two_minus_uniform(most) <= bound + NEAR_ONE)) continue;
             uint32_t hits = 0;
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
@@ -162,8 +173,7 @@ __device__ __forceinline__ Sums draw_pass(
                 hits &= hits - 1;
             } while (hits);
             const float lower = expf(-best.score) * MARGIN;
-            if (__float_as_uint(lower) < atomicMin(&shared.bar, __float_as_uint(lower)))
-                atomicMax(&shared.least_word, least_word(lower));
+            atomicMin(&shared.bar, __float_as_uint(lower));
         }
     });
     if (!FILTERED) return {};
@@ -224,7 +234,9 @@ template <class Row, class Then>
 __device__ __forceinline__ int draw_token(
     const Row& row, Shared& shared, Stream& stream, const Choice& choice, const Stats& stats, Left left,
     Then then) {
-    constexpr float SURE = 30;  // r of the bar
+    // r of the bar: one row in 160,000 is done again (at r = 8, one in 3000: with 1024 rows a launch would often wait for
+    // one), and the first 1/r of the weight is about what passes too easily.
+    constexpr float SURE = 12;
     const float top = stats.top;
     const Weight weight(top, choice.temperature);
     const bool few = choice.top_k > 0 && choice.top_k < row.vocab_size, share = choice.top_p < 1;
@@ -287,6 +299,7 @@ __device__ __forceinline__ int draw_token(
                 }
                 const Target step = two_steps ? target.only_count() : target;
                 cut.draw = !two_steps;
+                cut.count = step.count > 0;
                 best = Best{};
                 clear_list(shared);
                 const Sums sums = draw_pass<true>(

@@ -98,6 +98,7 @@ __device__ __forceinline__ Fp32Row edit_row(const Row& row, float* values, const
         penalize_few(values, row.vocab_size, edits, shared);
     else if (edits.penalized())
         penalize_many(values, row.vocab_size, edits, shared);
+    global_async_proxy_fence();  // bulk copies will read what this thread has written
     __syncthreads();
     return {values, row.vocab_size};
 }

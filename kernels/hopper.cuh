@@ -64,8 +64,9 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 
 // ---- Bulk copies ----
 
-// L2 policy of data that is read once.
+// L2 policies: of data that is read once, and of data that may be read again.
 constexpr uint64_t EVICT_FIRST = 0x12F0000000000000;
+constexpr uint64_t EVICT_NORMAL = 0x1000000000000000;
 
 // Copy `bytes` (a multiple of 16, both sides 16-byte aligned) from global to shared memory; completes on `barrier`.
 __device__ __forceinline__ void bulk_copy(
@@ -79,6 +80,9 @@ __device__ __forceinline__ void bulk_copy(
 
 // Order this thread's own accesses to shared memory before later bulk copies and WGMMA operands (the async proxy).
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same for its own accesses to global memory.
+__device__ __forceinline__ void global_async_proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // ---- Matrix fragments (mma.sync) ----
 

@@ -15,7 +15,9 @@ constexpr int MAX_TOP = 20;
 // Two CTAs share a multiprocessor, with so few threads that what is at hand stays in registers: a spilled value would be
 // read through the same queues as the rows, which costs microseconds when they are full.
 constexpr int THREADS = 256;
-constexpr int RING = 8;  // vectors per thread on their way
+constexpr int WARPS = THREADS / 32;
+constexpr int PIECE = 2048;  // bytes of a bulk copy
+constexpr int SLOTS = 3;     // pieces per warp on their way
 
 struct Crossing {
     int bin;
@@ -77,22 +79,23 @@ struct Bins {
     __device__ __forceinline__ float slack() const { return 0.01f * width + 4e-7f * fabsf(anchor); }
 };
 
-// Shared memory of a CTA; RING vectors per thread follow.
-struct alignas(16) Shared {
+// Shared memory of a CTA; the rings of its warps follow.
+struct alignas(128) Shared {
     uint32_t bins[BINS + 4];  // the last four: a place for what is in no bin
     uint64_t list[LIST];
     double scratch[3 * 32];  // of reductions
     Crossing crossings[2];
     float top_values[MAX_TOP];
     int list_length;
-    uint32_t bar, least_word;  // see draw.cuh
+    uint32_t bar;  // see draw.cuh
     float floor;
     int tie;
     float cut;       // logits from here on are listed
     Stats stats;     // of the raw logits
     Bins histogram;  // what the bins are
+    uint64_t arrived[SLOTS * WARPS];  // barriers of the rings
 };
-static_assert(sizeof(Shared) <= 51 * 1024, "what sampling.py asks for at the launch, beside the ring");
+static_assert(sizeof(Shared) <= 51 * 1024, "what sampling.py asks for at the launch, beside the rings");
 
 // The logit; −∞ for NaN.
 __device__ __forceinline__ float counted_logit(float x) { return fmaxf(x, -INFINITE); }
@@ -166,36 +169,39 @@ __device__ __forceinline__ Source either(bool first, const Source& a, const Sour
     return {first ? a.data : b.data, first ? a.vectors : b.vectors};
 }
 
-constexpr int VECTORS = 2;              // of a thread in a round
-constexpr int ROUNDS = RING / VECTORS;  // ahead
-
-// What a thread has of a row in one round: VECTORS vectors, THREADS vectors apart, −∞ beyond the row's end.
+// What a thread has of a row in one round: VECTORS vectors, those of a warp side by side, −∞ beyond the row's end. Ids grow
+// from vector to vector and from round to round.
 template <class Row>
 struct Batch {
-    static constexpr int STRIDE = THREADS * Row::WIDTH;  // tokens from a vector to the next
-    int id;                                              // of the first token
+    static constexpr int VECTORS = 16 / Row::WIDTH;
+    static constexpr int STRIDE = 32 * Row::WIDTH;  // tokens from a vector to the next
+    int id;                                         // of the first token
     float x[VECTORS][Row::WIDTH];
     float highest[VECTORS];
 };
 
-// Reads rows one after the other. Each thread copies its own vectors ahead of time to its own places in shared memory and
-// reads them back from there: that needs neither registers nor barriers. The end of a row is followed by the beginning of
-// what is to be read next, if that is known, so that memory is busy while a CTA makes up its mind.
+// Reads rows one after the other. The pieces of a row go round the warps. Each warp has bulk copies bring its pieces ahead
+// of time into a ring of slots, where they complete on the slot's barrier: that needs no registers, warps do not wait for
+// each other, and L2 is looked up half as often as for copies of 16 bytes by each thread. The end of a row is followed by
+// the beginning of what is to be read next, if that is known, so that memory is busy while a CTA makes up its mind.
 class Stream {
   public:
     __device__ __forceinline__ explicit Stream(Shared& shared)
-        : ring_(reinterpret_cast<uint4*>(&shared + 1) + threadIdx.x) {}
-
-    // Start to copy what is read next, unless that has been done. Nothing else may be on its way at first.
-    __device__ __forceinline__ void begin(const Source& source) {
-        Ahead ahead(source, 0);
-#pragma unroll 1
-        for (int i = 0; i < ROUNDS; ++i) copy(ahead);
-        begun_ = source.data;
+        : shared_(shared), slot_(warp_index()) {
+        if (lane_index() < SLOTS) barrier_init(barrier() + lane_index() * WARPS * 8, 1);
+        barrier_init_fence();
+        __syncwarp();
+        begin(Source{});
     }
+
+    // Start to copy what is read next, unless that has been done. What was begun in vain is waited for, lest it arrive later.
     __device__ __forceinline__ void prepare(const Source& source) {
         if (begun_ == source.data) return;
-        copies_wait<0>();  // what was begun in vain must not arrive later
+#pragma unroll 1
+        for (int i = 0; i < SLOTS; ++i) {
+            wait();
+            step();
+        }
         begin(source);
     }
 
@@ -203,37 +209,49 @@ class Stream {
     // read next; it must not change any more.
     template <class Row, class Visit>
     __device__ __forceinline__ void batches(const Row& row, const Source& then, Visit visit) {
-        constexpr int TOKENS = VECTORS * Batch<Row>::STRIDE;  // of a round, of all threads
+        constexpr int VECTORS = Batch<Row>::VECTORS, STRIDE = Batch<Row>::STRIDE;
+        constexpr int ROUND = VECTORS * 32 * 16, ROUNDS = PIECE / ROUND;  // bytes of a round, rounds of a piece
+        constexpr int TOKENS = WARPS * (PIECE / 16) * Row::WIDTH;         // of a turn: a piece of each warp
         const Source own = source_of(row);
         prepare(own);
-        Ahead ahead(own, ROUNDS);
+        const int thread = thread_index_anew(), lane = thread % 32;
+        Ahead ahead(own, SLOTS, thread / 32);
         Batch<Row> batch;
-        batch.id = threadIdx.x * Row::WIDTH;
-        const int whole = row.vocab_size / TOKENS;
-        const int rounds = max(ROUNDS, (row.vocab_size + TOKENS - 1) / TOKENS);
-        int round = 0;
+        batch.id = (thread / 32 * (PIECE / 16) + lane) * Row::WIDTH;
+        const int whole = row.vocab_size / TOKENS, turns = max(SLOTS, (row.vocab_size + TOKENS - 1) / TOKENS);
+        int turn = 0;
 #pragma unroll 1
         for (int begun = 1; begun >= 0; --begun) {  // first while there is more of the row to begin
-            if (!begun) ahead = Ahead(then, 0);
-            for (; round < rounds - begun * ROUNDS; ++round) {
-                copies_wait<ROUNDS - 1>();
-                uint4 v[VECTORS];
+            if (!begun) ahead = Ahead(then, 0, thread_index_anew() / 32);
+#pragma unroll 1
+            for (; turn < turns - begun * SLOTS; ++turn) {
+                wait();
+                uint32_t from = place() + lane * 16;
+#pragma unroll 1
+                for (int round = 0; round < ROUNDS; ++round) {
+                    uint4 v[VECTORS];
 #pragma unroll
-                for (int i = 0; i < VECTORS; ++i) v[i] = ring_[slot_ + i * THREADS];
-                copy(ahead);
-                if (round >= whole) [[unlikely]] {
+                    for (int i = 0; i < VECTORS; ++i) v[i] = load_shared_16(from + i * 32 * 16);
+                    from += ROUND;
+                    if (round == ROUNDS - 1) {
+                        __syncwarp();  // all lanes have read the slot
+                        copy(ahead);
+                        step();
+                    }
+                    if (turn >= whole) [[unlikely]] {
 #pragma unroll
-                    for (int i = 0; i < VECTORS; ++i)
-                        cut_words(
-                            v[i], row.vocab_size - batch.id - i * Batch<Row>::STRIDE, Row::WIDTH / 4, Row::nothing().x);
+                        for (int i = 0; i < VECTORS; ++i)
+                            cut_words(v[i], row.vocab_size - batch.id - i * STRIDE, Row::WIDTH / 4, Row::nothing().x);
+                    }
+#pragma unroll
+                    for (int i = 0; i < VECTORS; ++i) {
+                        Row::unpack(v[i], batch.x[i]);
+                        batch.highest[i] = Row::highest(v[i]);
+                    }
+                    visit(batch);
+                    batch.id += VECTORS * STRIDE;
                 }
-#pragma unroll
-                for (int i = 0; i < VECTORS; ++i) {
-                    Row::unpack(v[i], batch.x[i]);
-                    batch.highest[i] = Row::highest(v[i]);
-                }
-                visit(batch);
-                batch.id += TOKENS;
+                batch.id += (WARPS - 1) * (PIECE / 16) * Row::WIDTH;
             }
         }
         begun_ = then.data;
@@ -244,33 +262,64 @@ class Stream {
     __device__ __forceinline__ void sweep(const Row& row, Visit visit) {
         batches(row, Source{}, [&](const Batch<Row>& batch) {
 #pragma unroll
-            for (int i = 0; i < VECTORS; ++i) visit(batch.id + i * Batch<Row>::STRIDE, batch.x[i]);
+            for (int i = 0; i < batch.VECTORS; ++i) visit(batch.id + i * batch.STRIDE, batch.x[i]);
         });
     }
 
   private:
-    uint4* const ring_;
-    int slot_ = 0;  // where the next round is, and its successor will be
+    static constexpr uint32_t ODD = 1u << 31;
+    Shared& shared_;
+    uint32_t slot_;  // where the next piece is, and its successor will be; a warp has every WARPS-th. ODD in odd phases
     const void* begun_ = nullptr;
 
-    // What this thread copies next.
+    // The index, read again: what follows from it is not kept in registers from pass to pass.
+    __device__ __forceinline__ static int thread_index_anew() {
+        int index;
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+        return index;
+    }
+
+    // What this warp copies next.
     struct Ahead {
         const char* from;
-        int left;  // vectors from that one to the end
+        int left;  // bytes from there to the end
 
-        __device__ __forceinline__ Ahead(const Source& source, int rounds)
-            : from(static_cast<const char*>(source.data) + (rounds * VECTORS * THREADS + threadIdx.x) * 16),
-              left(source.vectors - rounds * VECTORS * THREADS - static_cast<int>(threadIdx.x)) {}
+        __device__ __forceinline__ Ahead(const Source& source, int pieces, int warp) {
+            const int offset = (pieces * WARPS + warp) * PIECE;
+            from = static_cast<const char*>(source.data) + offset;
+            left = source.vectors * 16 - offset;
+        }
     };
 
+    __device__ __forceinline__ uint32_t place() const { return shared_address(&shared_ + 1) + slot_ * PIECE; }
+    __device__ __forceinline__ uint32_t barrier() const { return shared_address(shared_.arrived) + slot_ * 8; }
+
+    // Every slot has a copy on its way at all times, be it of nothing.
     __device__ __forceinline__ void copy(Ahead& ahead) {
-#pragma unroll
-        for (int i = 0; i < VECTORS; ++i)
-            if (i * THREADS < ahead.left) copy_16(ring_ + slot_ + i * THREADS, ahead.from + i * THREADS * 16);
-        copies_commit();
-        ahead.from += VECTORS * THREADS * 16;
-        ahead.left -= VECTORS * THREADS;
-        slot_ = slot_ == (ROUNDS - 1) * VECTORS * THREADS ? 0 : slot_ + VECTORS * THREADS;
+        if (elect_lane()) {
+            const int bytes = max(min(ahead.left, PIECE), 0);
+            barrier_arrive_expect(barrier(), bytes);
+            if (bytes > 0) bulk_copy(place(), ahead.from, bytes, barrier(), EVICT_NORMAL);
+        }
+        ahead.from += WARPS * PIECE;
+        ahead.left -= WARPS * PIECE;
+    }
+
+    __device__ __forceinline__ void begin(const Source& source) {
+        Ahead ahead(source, 0, thread_index_anew() / 32);
+#pragma unroll 1
+        for (int i = 0; i < SLOTS; ++i) {
+            copy(ahead);
+            step();
+        }
+        slot_ ^= ODD;  // nothing has been waited for
+        begun_ = source.data;
+    }
+
+    __device__ __forceinline__ void wait() const { barrier_wait(barrier(), slot_ / ODD); }
+
+    __device__ __forceinline__ void step() {
+        slot_ += slot_ % 32 < (SLOTS - 1) * WARPS ? WARPS : ODD - (SLOTS - 1) * WARPS;
     }
 };
 
@@ -414,7 +463,7 @@ __device__ __forceinline__ Stats own_stats(
         float highest = batch.highest[0];
         int where = batch.id;
 #pragma unroll
-        for (int i = 1; i < VECTORS; ++i) {
+        for (int i = 1; i < batch.VECTORS; ++i) {
             where = batch.highest[i] > highest ? batch.id + i * batch.STRIDE : where;
             highest = fmaxf(highest, batch.highest[i]);
         }
@@ -422,7 +471,7 @@ __device__ __forceinline__ Stats own_stats(
         const float next = scale_logit(top);
         float part = 0;
 #pragma unroll
-        for (int i = 0; i < VECTORS; ++i) {
+        for (int i = 0; i < batch.VECTORS; ++i) {
 #pragma unroll
             for (int j = 0; j < Row::WIDTH; ++j) part += scaled_exp(x[i][j], next);
         }
@@ -432,18 +481,18 @@ __device__ __forceinline__ Stats own_stats(
         scaled = next;
         if constexpr (FIRST == First::COUNT) {
 #pragma unroll
-            for (int i = 0; i < VECTORS; ++i) {
+            for (int i = 0; i < batch.VECTORS; ++i) {
 #pragma unroll
                 for (int j = 0; j < Row::WIDTH; ++j) bins.count(x[i][j], bins_address);
             }
         }
         if constexpr (FIRST == First::COPY) {
 #pragma unroll
-            for (int i = 0; i < VECTORS; ++i) copy.store(row, batch.id + i * batch.STRIDE, x[i]);
+            for (int i = 0; i < batch.VECTORS; ++i) copy.store(row, batch.id + i * batch.STRIDE, x[i]);
         }
         if (FIRST == First::LIST && highest >= cut) {
 #pragma unroll
-            for (int i = 0; i < VECTORS; ++i) {
+            for (int i = 0; i < batch.VECTORS; ++i) {
 #pragma unroll
                 for (int j = 0; j < Row::WIDTH; ++j)
                     if (x[i][j] >= cut) push(shared, x[i][j], batch.id + i * batch.STRIDE + j);

@@ -61,6 +61,15 @@ __device__ __forceinline__ uint4 pack_bf16(const float (&x)[8]) {
     return {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
 }
 
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void add_shared(uint32_t address, uint32_t value) {
     asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -69,12 +78,6 @@ __device__ __forceinline__ void add_shared(uint32_t address, uint32_t value) {
 // a group of those since the last, and copies_wait<N>() waits for all groups but the last N.
 __device__ __forceinline__ void copy_4(void* target, const void* source) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)),
-                 "l"(__cvta_generic_to_global(source))
-                 : "memory");
-}
-
-__device__ __forceinline__ void copy_16(void* target, const void* source) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)),
                  "l"(__cvta_generic_to_global(source))
                  : "memory");
 }

@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prompt_logprobs(
     int* ranks,
     int* top_ids,         // [*, MAX_TOP]
     float* top_logprobs) {
-    extern __shared__ uint4 shared_memory[];
+    extern __shared__ __align__(128) uint4 shared_memory[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
     grid_dependency_launch();
     grid_dependency_wait();

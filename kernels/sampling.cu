@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
     int* counters,            // [2] rows taken beyond the first two of each CTA, CTAs done; 0 between launches
     float* scratch,           // [gridDim.x, scratch_stride] edited rows
     int scratch_stride) {
-    extern __shared__ uint4 shared_memory[];
+    extern __shared__ __align__(128) uint4 shared_memory[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
     // Scalars of the rows at hand and next, copied ahead of time: a row begins without waiting for memory.
     __shared__ RowScalars scalars[2];
@@ -101,10 +101,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
     if (threadIdx.x == 0) next_rows[0] = blockIdx.x + gridDim.x;
     grid_dependency_wait();
     Stream stream(shared);
-    stream.begin(source_at(blockIdx.x));
+    stream.prepare(source_at(blockIdx.x));
     int parity = 0;
     for (int i = blockIdx.x; i < end; parity ^= 1) {
-        copies_wait<ROUNDS>();  // for the scalars: all but what the stream has begun
+        copies_wait<0>();  // for the scalars
         __syncthreads();
         const int next = next_rows[parity];
         fetch(next, scalars[parity ^ 1]);

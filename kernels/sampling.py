@@ -37,7 +37,7 @@ MAX_LOGPROBS = 20  # MAX_TOP of logits.cuh
 
 _THREADS = 256
 _CTAS_PER_SM = 2
-_SHARED_BYTES = 51 * 1024 + 8 * 16 * _THREADS  # at least Shared and the ring of logits.cuh
+_SHARED_BYTES = 51 * 1024 + 3 * 2048 * (_THREADS // 32)  # at least Shared and the rings of logits.cuh
 _COUNTER_BYTES = 256
 _COMMON = ("logprobs.cuh", "select.cuh", "logits.cuh", "reduce.cuh", "memory.cuh", "hopper.cuh")
 _SAMPLE_PARAMETERS: tuple[ParameterKind, ...] = (
