@@ -68,7 +68,7 @@ def step_plans(plans: Sequence[PipelinePlan], operations: Sequence[Operation]) -
         own = [plan for plan in own if plan.decode_tokens is not None or plan.streams != sequential.streams]
         if all(plan.decode_tokens is not None for plan in own):
             found.append(StepPlan(replace(sequential, decode_tokens=0), every))
-            if size <= SHORT:
+            if size <= SHORT and all(plan.decode_tokens != size for plan in own):
                 found.append(_decode_only(replace(sequential, decode_tokens=size), every))
         found += [_decode_only(p, every) if p.decode_tokens == size else StepPlan(p, every) for p in own]
     return tuple(found)

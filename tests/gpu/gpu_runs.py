@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,14 +90,15 @@ def upload_weights(model: Model, weights: ModelWeights) -> DeviceWeights:
 
 @contextmanager
 def gpu_executor(
-    model: Model, weights: ModelWeights | Path, plan: PipelinePlan | int, **sizes: int
+    model: Model, weights: ModelWeights | Path, plan: PipelinePlan | int | Sequence[PipelinePlan], **sizes: int
 ) -> Iterator[GpuExecutor]:
-    """An executor, closed at the end; a number is the sequential plan of that dense batch size."""
+    """An executor, closed at the end, of one plan or several; a number is the sequential plan of that dense batch size."""
     device = Device()
     plan = sequential_plan(model.operations, plan) if isinstance(plan, int) else plan
+    plans = [plan] if isinstance(plan, PipelinePlan) else plan
     on_device = load_device_weights(model, weights) if isinstance(weights, Path) else upload_weights(model, weights)
     compiled = artifacts(all_sources(), device.arch)
-    run = GpuExecutor(model, on_device, [plan], device=device, artifacts=compiled, **(SIZES | sizes))
+    run = GpuExecutor(model, on_device, plans, device=device, artifacts=compiled, **(SIZES | sizes))
     try:
         yield run
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ from gpu_runs import (
     maker,
     map_weights,
     model_for_gpu,
+    partitioned_plan,
     plans,
     relative_error,
     weights_for_gpu,
@@ -33,7 +35,7 @@ from nf.errors import EngineError, ModelError
 from nf.executors import gpu_trace
 from nf.executors.cpu_sampling import sample
 from nf.executors.gpu import GpuExecutor
-from nf.graphs.plan import nano_batch_plan, unroll
+from nf.graphs.plan import nano_batch_plan, sequential_plan, unroll
 from nf.kernels.device import Device, DeviceMemoryError
 from nf.scheduler.batch import Batch, PromptLogprobsBatch, SamplingBatch
 
@@ -43,6 +45,7 @@ ERROR = 2e-2  # relative, of the logits of a position: bf16 against float64
 DENSE = 300  # more than the largest graph of a smaller size, so that large batches run the plan itself
 MODEL = model_for_gpu()
 WEIGHTS = weights_for_gpu(MODEL, 0)
+LENGTHS = (21, 3, 60, 33, 150, 130)  # the last two fill a dense batch together
 PROMPT = np.random.default_rng(0).integers(0, 272, 21).tolist()
 
 
@@ -50,6 +53,11 @@ def random_sequences(seed: int, longest: int = MAX_LEN, slots: int = SLOTS) -> d
     rng = np.random.default_rng(seed)
     lengths = [longest, *rng.integers(1, longest + 1, slots - 1).tolist()]
     return {slot: rng.integers(0, 272, length).tolist() for slot, length in enumerate(lengths)}
+
+
+def random_ids(seed: int) -> dict[int, list[int]]:
+    """Sequences of MAX_LEN tokens."""
+    return {slot: np.random.default_rng([seed, slot]).integers(0, 272, MAX_LEN).tolist() for slot in range(SLOTS)}
 
 
 def check_logits(found: dict[int, np.ndarray], sequences: dict[int, list[int]], model=MODEL, weights=WEIGHTS) -> None:
@@ -122,6 +130,32 @@ def test_plans_agree(name: str) -> None:
     for kind in ("nano-batch", "partitioned"):
         for slot in sequences:
             assert relative_error(found[kind][slot], found["sequential"][slot]) <= ERROR / 2
+
+
+def test_every_step_takes_a_plan_that_can_run_it() -> None:
+    """Plans for some numbers of decode tokens, on partitions: steps that only decode, full ones, and prompts alone."""
+    full, few = partitioned_plan(MODEL, DENSE), partitioned_plan(MODEL, 8)
+    chosen = [
+        sequential_plan(MODEL.operations, DENSE),
+        dataclasses.replace(full, decode_tokens=4),
+        dataclasses.replace(few, decode_tokens=8),
+    ]
+    ids = {slot: ids[:length] for (slot, ids), length in zip(random_ids(6).items(), LENGTHS, strict=True)}
+    decoding, prompts = list(ids)[:4], list(ids)[4:]
+    with gpu_executor(MODEL, WEIGHTS, chosen) as run:
+        batches = maker()
+        for slot in decoding:
+            run.logits(batches.batch([Part(slot, 0, ids[slot][:-2])]), np.zeros(0, np.int32))
+        for back in (2, 1):  # beside prompts that fill the dense batch, then alone
+            ends = {slot: len(ids[slot]) - back for slot in decoding}
+            parts = [Part(slot, end, ids[slot][end : end + 1], decode=True) for slot, end in ends.items()]
+            parts += [Part(slot, 0, ids[slot]) for slot in prompts] if back == 2 else []
+            batch = batches.batch(parts)
+            found = run.logits(batch, batch.qo_indptr[1:] - 1)
+            assert (batch.num_tokens > 256) == (back == 2)
+            for row, part in zip(found, parts, strict=True):
+                seen = ids[part.slot][: part.start + len(part.token_ids)]
+                assert relative_error(row[None], last_logits(seen)[None]) <= ERROR
 
 
 def test_neighbours_do_not_matter_beyond_rounding() -> None:
