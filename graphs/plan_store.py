@@ -104,19 +104,19 @@ def save_plans(
     """Keep ``plans`` as those for their dense batch size, and no others; returns their files.
 
     Args:
-        plans: of one dense batch size, each with its number of decode tokens.
+        plans: of one dense batch size, each with its number of decode tokens; of those with the same the last counts.
         measured: plain data, written beside them.
         folder: None is that of the plans found on this machine.
     """
     place, name = folder or user_folder(), f"{prefix(config, gpu)}{plans[0].dense_batch_size}"
     (place / name).parent.mkdir(parents=True, exist_ok=True)
-    paths = [place / f"{name}-d{plan.decode_tokens}.json" for plan in plans]
+    files = {place / f"{name}-d{plan.decode_tokens}.json": plan for plan in plans}
     _write(place / f"{name}{MEASURED_SUFFIX}", json.dumps(measured, indent=1, allow_nan=False) + "\n")
-    for plan, path in zip(plans, paths, strict=True):
+    for path, plan in files.items():
         _write(path, plan.to_json())
-    for path in {*_files(place, name), *_files(place, f"{name}-d*")} - {*paths}:
+    for path in {*_files(place, name), *_files(place, f"{name}-d*")} - files.keys():
         path.unlink()
-    return paths
+    return list(files)
 
 
 def _files(place: Path, pattern: str) -> list[Path]:

@@ -66,10 +66,11 @@ def step_plans(plans: Sequence[PipelinePlan], operations: Sequence[Operation]) -
         sequential = sequential_plan(every, size)
         own = [plan for plan in plans if plan.dense_batch_size == size]
         own = [plan for plan in own if plan.decode_tokens is not None or plan.streams != sequential.streams]
-        if all(plan.decode_tokens is not None for plan in own):
+        made_for = {plan.decode_tokens for plan in own}
+        if made_for.isdisjoint({None, 0}):
             found.append(StepPlan(replace(sequential, decode_tokens=0), every))
-            if size <= SHORT and all(plan.decode_tokens != size for plan in own):
-                found.append(_decode_only(replace(sequential, decode_tokens=size), every))
+        if size <= SHORT and made_for.isdisjoint({None, size}):
+            found.append(_decode_only(replace(sequential, decode_tokens=size), every))
         found += [_decode_only(p, every) if p.decode_tokens == size else StepPlan(p, every) for p in own]
     return tuple(found)
 
@@ -97,8 +98,16 @@ class GraphPool:
         self._by_size = [(size, tuple(entries)) for size, entries in by_size]
 
     def find(self, tokens: int, decode_tokens: int) -> tuple[StepPlan, Graph]:
-        """What serves a step of so many tokens, at most the dense batch size, of which so many decode: of the graphs
-        with the fewest tokens to spare, the one made for the nearest number of decode tokens."""
+        """What serves a step of so many tokens, at most the dense batch size, of which so many decode.
+
+        Of the graphs with the fewest tokens to spare, the one made for the nearest number of decode tokens; a plan for
+        any step stands for 0, as the sequential one does. A step that only decodes takes one for such steps first: with
+        few tokens it would be nearer to 0.
+        """
         _, entries = self._by_size[bisect_left(self._by_size, tokens, key=lambda entry: entry[0])]
-        able = (entry for entry in entries if tokens == decode_tokens or not entry[0].decode_only)
-        return min(able, key=lambda entry: abs((entry[0].plan.decode_tokens or 0) - decode_tokens))
+
+        def distance(entry: tuple[StepPlan, Graph]) -> tuple[bool, int]:
+            step, _ = entry
+            return not step.decode_only, abs((step.plan.decode_tokens or 0) - decode_tokens)
+
+        return min((e for e in entries if tokens == decode_tokens or not e[0].decode_only), key=distance)

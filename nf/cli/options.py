@@ -70,7 +70,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--preemption", choices=get_args(Preemption), metavar="NAME", help="auto, swap or recompute")
     _number(group, "--tensor-parallel-size", _integer, "N", "GPUs that share the model")
     group.add_argument(
-        "--plan", metavar="NAME|FILE", help="pipeline plan: a built-in name, a JSON file, or auto (the fastest known)"
+        "--plan",
+        metavar="NAME|FILE",
+        help="pipeline plan: a built-in name, a JSON file, or auto (the fastest known for each step)",
     )
 
 

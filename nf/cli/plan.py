@@ -26,7 +26,7 @@ examples:
   nf plan show nano-batch --layers 3            every round of a model with three layers
   nf plan show nano-batch --json > mine.json    a plan to start from
   nf plan validate mine.json --gpu-sms 132
-  nf plan search llama-3-8b --quick             the fastest plan on this GPU, measured and kept
+  nf plan search llama-3-8b --quick             the fastest plans on this GPU, measured and kept
   nf plan search llama-3-8b --profile h200.json --predict-only      predicted, without a GPU
   nf plan estimate llama-3-8b --gpu h200        what bounds a model on a machine
 """
@@ -82,7 +82,7 @@ def add_parser(subparsers: Any) -> None:
 
     for name, module, line in (
         ("profile", plan_profile, "measure a model's nano-operations on this GPU"),
-        ("search", plan_search, "find the fastest plan on this GPU"),
+        ("search", plan_search, "find the fastest plans on this GPU"),
         ("shares", plan_shares, "a share of the GPU per nano-operation, from a profile"),
     ):
         command = commands.add_parser(name, help=line, description=module.DESCRIPTION)

@@ -1,4 +1,4 @@
-"""``nf plan search``: find the fastest pipeline plan for a model on this machine's GPU, and keep it."""
+"""``nf plan search``: find the fastest pipeline plans for a model on this machine's GPU, and keep them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Profile a model's nano-operations, look for the pipelines that should be the fastest (Stages I and
 II of NanoFlow, with power as a further resource), measure these and the sequential plan as whole
-steps at steady state, and keep the fastest: engines take it by themselves from then on. "Do not
-overlap" is among the candidates, and wins where nothing is clearly faster.
+steps at steady state, and keep the fastest for each load. From then on an engine takes for every
+step the plan whose load has the nearest number of decode tokens. "Do not overlap" is among the
+candidates, and wins where nothing is clearly faster.
 """
 
 EXAMPLES = """\
 examples:
   nf plan search llama-3-8b --quick
   nf plan search ./llama --dense-batch-size 4096 --decode-share 0.1,0.3,0.5,0.7
+  nf plan search llama-3-8b --dense-batch-size 640 --decode-share 1      steps that only decode
   nf plan search llama-3-8b --add mine.json --count 0       measure a plan of your own
   nf plan search llama-3-8b --profile h200.json --predict-only      no GPU needed
   nf plan search llama-3-8b --add mine.json --count 0 --no-store --results steps.json
@@ -49,7 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input-len", type=int, default=1024, metavar="N", help="tokens of a prompt (default 1024)")
     add("--output-len", type=int, default=512, metavar="N", help="tokens generated (default 512)")
     add("--kv-tokens", type=int, metavar="N", help="of the KV cache: longer requests are cut (default: as the GPU has)")
-    add("--decode-share", type=_shares, default=(), metavar="X,…", help="decode tokens of a step, one load per share")
+    add(
+        "--decode-share",
+        type=_shares,
+        default=(),
+        metavar="X,…",
+        help="decode tokens of a step, one load and one plan kept per share; with 1 no prompts come",
+    )
     add("--count", type=int, default=6, metavar="K", help="plans of Stages I and II to measure (default 6)")
     add("--seconds", type=float, default=100.0, metavar="S", help="for Stages I and II (default 100)")
     add("--add", action="append", default=[], metavar="FILE", help="measure this plan too; may be repeated")
@@ -64,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "nothing then",
     )
     add("--plans-dir", metavar="DIR", help="write the candidates there, as plan files")
-    add("--store", metavar="DIR", help="keep the fastest plan there (default: where engines look for it)")
+    add("--store", metavar="DIR", help="keep the fastest plan of each load there (default: where engines look for it)")
     add("--no-store", action="store_true", help="keep nothing")
     add("--plot", metavar="FILE", help="draw a step's use of the GPU, sequential and chosen plan (SVG)")
     add("--json", action="store_true", help="as one JSON object")
@@ -220,7 +228,7 @@ def _measured(
     wanted: list[Candidate],
     loads: list[Load],
 ) -> dict[str, Any]:
-    """A search's record, the fastest plan stored and drawn."""
+    """A search's record, the fastest plan of each load stored, and one drawn."""
     from nf.graphs.plan_store import save_plans
     from nf.planning.profile import ProfileKey
     from nf.planning.search import bounds, chosen_plans, search
@@ -297,6 +305,6 @@ def _shares(text: str) -> tuple[float, ...]:
         shares = tuple(float(part) for part in text.split(","))
     except ValueError:
         shares = ()
-    if not shares or not all(0 < share < 1 for share in shares):
-        raise argparse.ArgumentTypeError(f"takes shares above 0 and below 1 such as 0.1,0.3, not {text!r}")
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"takes shares above 0 and at most 1 such as 0.1,0.3, not {text!r}")
     return shares

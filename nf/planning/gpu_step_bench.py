@@ -43,9 +43,7 @@ class GpuStepBench:
         return artifacts(all_sources(), self._device.arch)
 
     def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
-        """Of each load, with the graphs of ``plan`` captured once; ``plan`` runs them all."""
-        if all(load.decode_only for load in loads):
-            plan = replace(plan, decode_tokens=plan.dense_batch_size)
+        """Of each load, with the graphs of ``plan`` captured once."""
         with self._executor(plan, loads) as executor:
             batches = [load.batch(PAGE_SIZE, executor.num_pages) for load in loads]
             return [measure_step(executor, batch, warm=WARM_SECONDS, run=self._run_seconds) for batch in batches]
@@ -57,7 +55,8 @@ class GpuStepBench:
 
     @contextmanager
     def _executor(self, plan: PipelinePlan, loads: Sequence[Load]) -> Iterator[GpuExecutor]:
-        """With as many pages as the loads fill, or as there is room for."""
+        """With as many pages as the loads fill, or as there is room for. ``plan`` runs all loads."""
+        plans = plans_for(plan, loads)
         required_partitions(stream.sms for stream in plan.streams)
         batches = [load.batch(PAGE_SIZE) for load in loads]
         longest = max(load.input_len + load.output_len for load in loads) + 1
@@ -68,7 +67,7 @@ class GpuStepBench:
         }
         weights = random_device_weights(self._model, 0)
         try:
-            needed = workspace_bytes(self._model, [plan], **sizes, sms=self._device.sms)
+            needed = workspace_bytes(self._model, plans, **sizes, sms=self._device.sms)
             free = self._device.memory()[0] - needed - SPARE_BYTES
             config = self._model.config
             num_pages = min(
@@ -82,7 +81,7 @@ class GpuStepBench:
             executor = GpuExecutor(
                 self._model,
                 weights,
-                [plan],
+                plans,
                 device=self._device,
                 artifacts=self._artifacts,
                 num_pages=num_pages,
@@ -97,3 +96,12 @@ class GpuStepBench:
             yield executor
         finally:
             executor.close()
+
+
+def plans_for(plan: PipelinePlan, loads: Sequence[Load]) -> list[PipelinePlan]:
+    """``plan`` for any step, and where a load only decodes also as an engine runs it then: without what only prefill
+    chunks need."""
+    found = [replace(plan, decode_tokens=None)]
+    if any(load.decode_only for load in loads):
+        found.append(replace(plan, decode_tokens=plan.dense_batch_size))
+    return found

@@ -147,7 +147,7 @@ def candidates(
             ):
                 kinds.setdefault(proposal.plan, proposal.arrangement)
     for plan in more:
-        kinds.setdefault(plan, "given")
+        kinds.setdefault(replace(plan, decode_tokens=None), "given")  # it is measured at every load
     return [
         Candidate(plan, kind, _predictions(plan, model, profile, loads))
         for plan, kind in zip(_named_apart(list(kinds)), kinds.values(), strict=True)

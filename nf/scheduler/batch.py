@@ -89,11 +89,6 @@ class Batch:
         return len(self.positions)
 
     @property
-    def decode_only(self) -> bool:
-        """Whether no token belongs to a prefill chunk."""
-        return self.num_decode == self.num_tokens
-
-    @property
     def num_seqs(self) -> int:
         return len(self.slots)
 

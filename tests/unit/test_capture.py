@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count, pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,8 +16,8 @@ from plan_cases import LLAMA, MIXTRAL, must_precede
 
 from nf.graphs import capture as module
 from nf.graphs.partition import Lane
-from nf.graphs.plan import LayerStep, PipelinePlan, load_plan, unroll
-from nf.graphs.pool import GraphPool, capacities, step_plans
+from nf.graphs.plan import LayerStep, PipelinePlan, load_plan, nano_batch_plan, sequential_plan, unroll
+from nf.graphs.pool import SHORT, GraphPool, StepPlan, capacities, step_plans
 from nf.kernels.device import DeviceMemoryError
 from nf.models.operations import Operation, Rows
 
@@ -185,6 +186,11 @@ def test_too_little_memory_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (driver.capturing, driver.there) == (False, [])
 
 
+def pool_of(plans: Sequence[PipelinePlan], operations: Sequence[Operation] = LLAMA) -> GraphPool:
+    """With the plans themselves in place of graphs."""
+    return GraphPool([(step, step) for step in step_plans(plans, operations)])  # type: ignore[misc]
+
+
 @settings(max_examples=50, deadline=None)
 @given(size=st.integers(1, 5000))
 def test_every_batch_has_a_graph_of_at_most_twice_its_size(size: int) -> None:
@@ -192,11 +198,10 @@ def test_every_batch_has_a_graph_of_at_most_twice_its_size(size: int) -> None:
     assert sizes[-1] == size
     assert list(sizes) == sorted(set(sizes))
     assert len(sizes) <= 30
-    plan = load_plan("sequential", LLAMA, size)
-    pool = GraphPool([(step, step) for step in step_plans(plan, LLAMA)])  # type: ignore[misc]
+    pool = pool_of([load_plan("sequential", LLAMA, size)])
     for tokens in range(1, size + 1):
         for decode_only in (False, True):
-            step, graph = pool.find(tokens, decode_only)
+            step, graph = pool.find(tokens, tokens if decode_only else tokens - 1)
             chosen = step.plan.dense_batch_size
             assert graph is step  # type: ignore[comparison-overlap]
             assert tokens <= chosen <= max(16, 2 * tokens)
@@ -211,11 +216,110 @@ def test_every_batch_has_a_graph_of_at_most_twice_its_size(size: int) -> None:
 
 @pytest.mark.parametrize("operations", [LLAMA, MIXTRAL], ids=["llama", "mixtral"])
 def test_steps_that_only_decode_run_all_operations_but_those_of_prefill_chunks(operations: Sequence[Operation]) -> None:
-    plans = step_plans(load_plan("nano-batch", operations, 1024), operations)
+    nano = load_plan("nano-batch", operations, 1024)
+    plans = step_plans([nano, replace(nano, decode_tokens=1024)], operations)
     names = {operation.name for operation in operations}
+    assert [step.decode_only for step in plans if step.plan.name == "nano-batch"] == [False, True]
     for step in plans:
         unrolled = unroll(step.plan, step.operations, 2)
         left_out = {"prefill_attention"} if step.decode_only else set()
         assert {one.operation.name for one in unrolled} == names - left_out
         assert all(one.stop - one.start <= step.plan.dense_batch_size for one in unrolled)
-    assert plans[-1].plan.name == "nano-batch"
+
+
+@st.composite
+def stored(draw: st.DrawFn) -> list[PipelinePlan]:
+    """The sequential plan of an engine and plans from a store: of some sizes, each for a number of decode tokens of its
+    own, which may be all."""
+    most = draw(st.integers(2, 1200))
+    sizes = draw(st.lists(st.integers(2, most) | st.just(most), max_size=3, unique=True))
+    found = [sequential_plan(LLAMA, most)]
+    for size in sizes:
+        numbers = draw(st.lists(st.integers(0, size) | st.just(size), min_size=1, max_size=3, unique=True))
+        for number in numbers:
+            make = draw(st.sampled_from([sequential_plan, nano_batch_plan]))
+            found.append(replace(make(LLAMA, size), name=f"{size}, {number}", decode_tokens=number))
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans=stored(), data=st.data())
+def test_a_step_takes_the_plan_made_for_the_nearest_number_of_decode_tokens(
+    plans: list[PipelinePlan], data: st.DataObject
+) -> None:
+    most = plans[0].dense_batch_size
+    pool, sizes = pool_of(plans), {*capacities(most), *(plan.dense_batch_size for plan in plans)}
+    for _ in range(20):
+        tokens = data.draw(st.integers(1, most))
+        decodes = data.draw(st.integers(0, tokens) | st.just(tokens))
+        step, _graph = pool.find(tokens, decodes)
+        size = step.plan.dense_batch_size
+        assert size == min(s for s in sizes if s >= tokens)
+        only_decodes = tokens == decodes
+        assert only_decodes or not step.decode_only
+
+        numbers = {plan.decode_tokens for plan in plans[1:] if plan.dense_batch_size == size}
+        for_decodes = size in numbers or size <= SHORT
+        if only_decodes and for_decodes:
+            assert step.decode_only
+            expected = {size}
+        else:
+            able = {0} | {number for number in numbers if number is not None and number < size}
+            nearest = min(abs(number - decodes) for number in able)
+            expected = {number for number in able if abs(number - decodes) == nearest}
+        assert step.plan.decode_tokens in expected
+        if step.plan.decode_tokens in numbers:  # what was measured goes before what is sequential by default
+            assert step.plan.name == f"{size}, {step.plan.decode_tokens}"
+        else:
+            assert step.plan.name == "sequential"
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(2, 3000), data=st.data())
+def test_a_plan_for_any_step_serves_every_step_of_its_size(size: int, data: st.DataObject) -> None:
+    nano = nano_batch_plan(LLAMA, size)
+    pool, smaller = pool_of([nano]), [*capacities(size)][-2:-1]
+    for tokens in {size, (smaller[0] if smaller else 0) + 1}:
+        for decodes in {0, tokens, data.draw(st.integers(0, tokens))}:
+            assert pool.find(tokens, decodes)[0] == StepPlan(nano, LLAMA)
+    for tokens in smaller:
+        assert pool.find(tokens, 0)[0].plan.name == "sequential"
+
+
+def test_a_stored_plan_for_fewer_tokens_makes_a_graph_of_its_own() -> None:
+    own = replace(nano_batch_plan(LLAMA, 1000), decode_tokens=300)
+    pool = pool_of([sequential_plan(LLAMA, 2048), own])
+    assert pool.find(1000, 300)[0].plan == own
+    assert pool.find(897, 151)[0].plan == own
+    assert pool.find(1000, 149)[0].plan.name == "sequential"
+    for tokens in (896, 1001):  # of other sizes
+        step, _ = pool.find(tokens, 300)
+        assert (step.plan.name, step.plan.dense_batch_size - tokens) == ("sequential", 0 if tokens == 896 else 23)
+
+
+def test_a_sequential_plan_stored_for_some_decode_tokens_holds_others_off() -> None:
+    nano = replace(nano_batch_plan(LLAMA, 2048), decode_tokens=600)
+    without = pool_of([sequential_plan(LLAMA, 2048), nano])
+    assert without.find(2048, 1400)[0].plan == nano
+    sequential = replace(sequential_plan(LLAMA, 2048), decode_tokens=1200)
+    beside = pool_of([sequential_plan(LLAMA, 2048), nano, sequential])
+    assert beside.find(2048, 1400)[0].plan == sequential
+    assert beside.find(2048, 899)[0].plan == nano
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
+def test_few_sequences_that_decode_run_without_prefill_attention(tokens: int) -> None:
+    """They are nearer to no decode token at all than to a full graph of them."""
+    pool = pool_of([sequential_plan(LLAMA, 2048)])
+    assert pool.find(tokens, tokens)[0].decode_only
+    assert not pool.find(tokens, tokens - 1)[0].decode_only
+
+
+def test_what_a_search_measured_for_steps_that_only_decode_runs_them() -> None:
+    """Also where a short step has a sequential graph without prefill attention by default."""
+    for size in (256, 640):
+        nano = replace(nano_batch_plan(LLAMA, size), decode_tokens=size)
+        pool = pool_of([sequential_plan(LLAMA, 2048), nano])
+        step, _ = pool.find(size, size)
+        assert (step.plan.name, step.decode_only) == ("nano-batch", True)
+        assert pool.find(size, size - 1)[0].plan.name == "sequential"

@@ -472,9 +472,9 @@ class Executor:
 
     made: list[Executor]
 
-    def __init__(self, _model: Any, weights: Any, plan: Any, *, device: Any, num_pages: int, **sizes: Any) -> None:
+    def __init__(self, _model: Any, weights: Any, plans: Any, *, device: Any, num_pages: int, **sizes: Any) -> None:
         assert device is DEVICE
-        if plan.name == "bad":
+        if plans[0].name == "bad":
             raise ValueError("bad")
         self.num_pages, self.sizes, self.weights, self.random = num_pages, sizes, weights, False
         Executor.made.append(self)

@@ -21,8 +21,8 @@ from nf.device_choice import DeviceChoice
 from nf.errors import InputError, ModelError
 from nf.executors import gpu, gpu_weights
 from nf.graphs import partition
-from nf.graphs.plan import nano_batch_plan
-from nf.graphs.plan_store import save_plan
+from nf.graphs.plan import nano_batch_plan, sequential_plan
+from nf.graphs.plan_store import save_plans
 from nf.kernels.compile import CompileError
 from nf.kernels.device import DeviceMemoryError
 from nf.llm import LLM
@@ -147,10 +147,10 @@ class Gpu:
         self.calls.append(source)
         return "weights"
 
-    def executor(self, model: Any, weights: Any, plan: Any, *, device: Any, artifacts: Any, **sizes: Any) -> Any:
-        assert (model.config.head_dim, plan.dense_batch_size, device.sms) == (64, 2048, 132)
+    def executor(self, model: Any, weights: Any, plans: Any, *, device: Any, artifacts: Any, **sizes: Any) -> Any:
+        assert (model.config.head_dim, plans[0].dense_batch_size, device.sms) == (64, 2048, 132)
         assert (weights, artifacts) == ("weights", self.kernels)
-        return SimpleNamespace(startup={"executor": 0.5, "capture": 1.5}, **sizes)
+        return SimpleNamespace(startup={"executor": 0.5, "capture": 1.5}, plans=plans, **sizes)
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_partitions_that_the_gpu_cannot_give_are_refused_before_weights_are_read
         load(small_shape, random_weights=True, plan=str(tmp_path / "plan.json"))
     assert the_gpu.calls == []
     monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
-    save_plan(plan, SMALL, "NVIDIA H200", {})  # one that was found, not chosen, is passed over
+    save_plans([replace(plan, decode_tokens=682)], SMALL, "NVIDIA H200", {})  # found, not chosen: it is passed over
     monkeypatch.setattr(partition, "partitions", lambda counts, device: counts and give(counts, device))
     assert load(small_shape, random_weights=True).config.plan == "sequential"
 
@@ -251,12 +251,38 @@ def test_the_backends_unit_of_preemption_is_time(the_gpu: Gpu, small_shape: str)
     assert 0 < recompute < 1e-3
 
 
-def test_the_fastest_known_plan_is_taken_unless_another_is_named(
+def test_the_fastest_known_plans_are_taken_unless_another_is_named(
     the_gpu: Gpu, small_shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
-    save_plan(nano_batch_plan(declare(SMALL).operations, 2048), SMALL, "NVIDIA H200", {})
-    assert load(small_shape, random_weights=True).config.plan == "nano-batch"
-    assert load(small_shape, random_weights=True, plan="auto").config.plan == "nano-batch"
-    assert load(small_shape, random_weights=True, plan="sequential").config.plan == "sequential"
+    operations = declare(SMALL).operations
+    stored = {}
+    for size, number in ((2048, 682), (2048, 2048), (640, 640), (4096, 1365)):
+        stored[size, number] = replace(nano_batch_plan(operations, size), decode_tokens=number, name=f"{size}-{number}")
+    for size in (2048, 640, 4096):
+        save_plans([plan for (tokens, _), plan in stored.items() if tokens == size], SMALL, "NVIDIA H200", {})
+    sequential = sequential_plan(operations, 2048)
+    for options in ({}, {"plan": "auto"}):
+        loaded: Any = load(small_shape, random_weights=True, **options)  # type: ignore[arg-type]
+        first, *others = loaded.executor.plans
+        assert first == sequential  # of steps of every size
+        assert sorted(plan.name for plan in others) == ["2048-2048", "2048-682", "640-640"]
+        assert {*others} == {plan for plan in stored.values() if plan.dense_batch_size <= 2048}
+        assert sorted(loaded.config.plan.split(", ")) == ["2048-2048", "2048-682", "640-640", "sequential"]
+    loaded = load(small_shape, random_weights=True, plan="sequential")
+    assert (loaded.config.plan, loaded.executor.plans) == ("sequential", [sequential])
     assert the_gpu.calls == [0, 0, 0]
+
+
+def test_plans_of_the_same_name_are_named_once(
+    the_gpu: Gpu, small_shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
+    operations = declare(SMALL).operations
+    makes = (sequential_plan, 300), (nano_batch_plan, 682), (nano_batch_plan, 1400)
+    plans = [replace(make(operations, 2048), decode_tokens=number) for make, number in makes]
+    save_plans(plans, SMALL, "NVIDIA H200", {})
+    loaded: Any = load(small_shape, random_weights=True)
+    assert loaded.config.plan == "sequential, nano-batch"
+    assert len(loaded.executor.plans) == 4
+    assert the_gpu.calls == [0]

@@ -25,7 +25,7 @@ from nf.cli import plan_profile, plan_search, plan_shares
 from nf.errors import InputError, NfError
 from nf.executors.trace import Span
 from nf.graphs.plan import PipelinePlan, load_plan
-from nf.graphs.plan_store import find_plan, shape_name
+from nf.graphs.plan_store import find_plans, shape_name
 from nf.planning import gpu_bench, gpu_step_bench, profiling
 from nf.planning.hardware import ACCELERATORS
 from nf.planning.profile_file import read_profile, save_profile
@@ -76,12 +76,14 @@ def test_the_fastest_plan_is_shown_and_kept(gpu: Path, tmp_path: Path, capsys: p
     assert "fastest: nano-batch, 25.0 % over sequential" in out
     assert "1024 in, 512 out: 682 decode tokens per step" in out
     assert "measuring sequential" in err
-    stored = find_plan(MODEL, "NVIDIA H200", 2048, gpu_sms=SMS)
-    assert stored is not None
+    (stored,) = find_plans(MODEL, "NVIDIA H200", 2048, gpu_sms=SMS)
     assert stored.path.is_relative_to(gpu)
+    assert f"kept in {stored.path}" in out
     assert (stored.plan.name, stored.plan.model, stored.plan.gpu) == ("nano-batch", "llama-3-8b", "NVIDIA H200")
-    measured = json.loads(stored.path.with_name(stored.path.stem + ".measured.json").read_text())
-    assert measured["chosen"] == "nano-batch"
+    assert stored.plan.decode_tokens == 682
+    (file,) = gpu.rglob("*.measured.json")
+    measured = json.loads(file.read_text())
+    assert measured["loads"][0]["chosen"] == "nano-batch"
     assert measured["kernels"] == KEY.kernels
     assert "nano-batch (nano-batches, co-resident)" in picture.read_text()
     ElementTree.parse(picture)
@@ -99,8 +101,35 @@ def test_what_is_measured_can_be_chosen_by_hand(gpu: Path, tmp_path: Path, capsy
     assert err == ""
     assert [plan["name"] for plan in result["plans"]][-1] == "mine"
     assert [load["decode_tokens"] for load in result["loads"]] == pytest.approx([410, 1229], abs=2)
-    assert result["chosen"] == "nano-batch"
+    assert [load["chosen"] for load in result["loads"]] == ["nano-batch"] * 2
     assert not gpu.exists()
+
+
+def test_a_plan_is_kept_for_every_load(
+    gpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that wins, sequential where nothing does, and one for steps that only decode."""
+
+    def measure(_bench: StepBench, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
+        wins = plan.name == "nano-batch"
+        return [Measurement(0.8 if wins and load.num_decode > 1000 else 1.0, 690.0) for load in loads]
+
+    monkeypatch.setattr(StepBench, "measure", measure)
+    argv = ("search", "llama-3-8b", "--count", "0", "--decode-share", "0.2,0.6,1", "--kv-tokens", "898322", "-q")
+    picture = tmp_path / "use.svg"
+    assert nf(*argv, "--json", "--plot", str(picture)) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [load["chosen"] for load in result["loads"]] == ["sequential", "nano-batch", "nano-batch"]
+    assert [load["decode_tokens"] for load in result["loads"]][2] == 2048
+    stored = {str(s.path): s.plan for s in find_plans(MODEL, "NVIDIA H200", 2048, gpu_sms=SMS)}
+    assert sorted(stored) == sorted(result["stored"])
+    assert [(stored[path].name, stored[path].decode_tokens) for path in result["stored"]] == [
+        (load["chosen"], load["decode_tokens"]) for load in result["loads"]
+    ]
+    assert all(Path(path).is_relative_to(gpu) for path in stored)
+    assert "nano-batch (nano-batches, co-resident)" in picture.read_text()
+    assert nf(*argv) == 0
+    assert capsys.readouterr().out.count("kept in ") == 3
 
 
 @pytest.mark.usefixtures("gpu")
@@ -124,14 +153,14 @@ def test_what_was_measured_on_one_machine_is_told_and_stored_on_another(
     tell = ("search", "llama-3-8b", *load, "--measured", str(steps), "-q")
     assert nf(*tell, "--profile", profile, "--store", str(store), "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["chosen"] == "nano-batch"
+    assert [load["chosen"] for load in result["loads"]] == ["nano-batch"] * 2
     assert result["gpu"] == "NVIDIA H200"
     assert result["median_prediction_error"] > 0
     assert len(result["plans"]) == len(added) // 2
     assert all(load["measured_s"] and load["predicted_s"] for plan in result["plans"] for load in plan["loads"])
-    stored = find_plan(MODEL, "NVIDIA H200", 2048, folder=store, gpu_sms=SMS)
-    assert stored is not None
-    assert (stored.plan.name, stored.path.parents[1]) == ("nano-batch", store)
+    stored = find_plans(MODEL, "NVIDIA H200", 2048, folder=store, gpu_sms=SMS)
+    assert [(s.plan.name, s.path.parents[1]) for s in stored] == [("nano-batch", store)] * 2
+    assert {s.plan.decode_tokens for s in stored} == {load["decode_tokens"] for load in result["loads"]}
     with pytest.raises(NfError, match="not measured in"):  # at this load
         nf("search", "llama-3-8b", "--measured", str(steps), "--no-store")
 
@@ -156,9 +185,9 @@ def test_a_search_that_was_cut_short_chooses_nothing_it_has_not_measured_twice(
     assert nf(*argv, "--measured", str(steps)) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
-    assert result["chosen"] == "sequential"
+    assert [load["chosen"] for load in result["loads"]] == ["sequential"]
     assert [plan["loads"][0]["speed_up"] for plan in result["plans"]] == pytest.approx([1, 1, 1.25, 1])
-    again = f"there is no second measurement of sequential (measured only once in {steps})"
+    again = f"there is no second measurement (measured only once in {steps})"
     assert err.splitlines()[-1] == f"nf plan search: sequential stays: {again}"
     assert not gpu.exists()
 
@@ -187,7 +216,7 @@ def test_json_stands_alone_on_standard_output(profile: str) -> None:
     """The solver greets there."""
     argv = ("plan", "search", "llama-3-8b", "--profile", profile, "--predict-only", "--seconds", "0.3", "--json")
     done = subprocess.run([sys.executable, "-m", "nf.cli", *argv], check=True, capture_output=True, text=True)
-    assert json.loads(done.stdout)["chosen"] is None
+    assert json.loads(done.stdout)["loads"][0]["chosen"] is None
 
 
 def test_the_solver_runs_without_a_standard_output() -> None:
@@ -322,6 +351,36 @@ def test_predictions_need_no_gpu(profile: str, tmp_path: Path, capsys: pytest.Ca
     assert len(files) == len(lines) - 5
     for file in files:
         assert load_plan(file, MODEL.operations, 2048, gpu_sms=SMS).dense_batch_size == 2048
+
+
+def test_steps_that_only_decode_are_predicted_and_their_measurements_kept(
+    gpu: Path, profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = ("--dense-batch-size", "640", "--decode-share", "1", "--kv-tokens", "898322", "-q")
+    argv = ("search", "llama-3-8b", "--profile", profile, *load)
+    assert nf(*argv, "--predict-only", "--count", "3", "--seconds", "0.5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "1024 in, 512 out: 640 decode tokens per step"
+    assert len(lines) > 4 + 4
+    assert not any("–" in line for line in lines[4:])
+    steps = str(tmp_path / "steps.json")
+    assert nf(*argv, "--count", "0", "--no-store", "--results", steps) == 0
+    table = capsys.readouterr().out
+    assert nf(*argv, "--measured", steps, "--store", str(tmp_path / "store")) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(table)
+    assert told.removeprefix(table).endswith("-b640-d640.json\n")
+    mixed = ("--dense-batch-size", "640", "--input-len", "1024", "--output-len", "512")
+    with pytest.raises(NfError, match="not measured in"):  # with prompts it is another load
+        nf("search", "llama-3-8b", *mixed, "--measured", steps, "--no-store", "-q")
+    assert not gpu.exists()
+
+
+@pytest.mark.parametrize("shares", ["0", "1.5", "-0.1", "0.1,", "x", "nan", "0.5,2"])
+def test_no_shares_of_decode_tokens(shares: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        nf("search", "llama-3-8b", f"--decode-share={shares}")
+    assert f"takes shares above 0 and at most 1 such as 0.1,0.3, not '{shares}'" in capsys.readouterr().err
 
 
 EXAMPLE = str(Path(__file__).parents[2] / "docs" / "examples" / "a100-nanoflow.json")

@@ -77,6 +77,8 @@ def swapped(plan: PipelinePlan) -> PipelinePlan:
 
 WRONG: list[tuple[Change, str]] = [
     (lambda plan: replace(plan, dense_batch_size=0), "dense_batch_size: must be 1 to 1048576 tokens, got 0"),
+    (lambda plan: replace(plan, decode_tokens=-1), "decode_tokens: must be 0 to 256, the dense batch size, got -1"),
+    (lambda plan: replace(plan, decode_tokens=257), "decode_tokens: must be 0 to 256, the dense batch size, got 257"),
     (with_ranges(), "nano_batches: must be 1 to 64 token ranges, got 0"),
     (
         with_ranges((0, 128), (128, 128)),
@@ -158,6 +160,8 @@ def test_a_wrong_plan_is_refused_with_one_sentence(change: Change, sentence: str
 def test_the_unchanged_plan_is_valid() -> None:
     validate(PLAN, LLAMA, gpu_sms=132)
     validate(PLAN, LLAMA)
+    for decode_tokens in (0, 256):
+        validate(replace(PLAN, decode_tokens=decode_tokens), LLAMA)
 
 
 def test_partitions_are_disjoint_and_a_stream_of_all_sms_takes_none() -> None:

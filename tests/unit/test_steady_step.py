@@ -53,3 +53,15 @@ def test_a_slow_first_step_shortens_neither_warming_up_nor_measuring(monkeypatch
     assert found.seconds == pytest.approx(STEP)
     assert found.joules == pytest.approx(600 * STEP)
     assert executor.now == pytest.approx(4.0, abs=5 * STEP)
+
+
+def test_the_step_of_a_load_that_only_decodes() -> None:
+    load = Load(64, 40, 24, decode_only=True)
+    batch = load.batch(16)
+    assert (batch.num_decode, batch.num_tokens, batch.num_seqs) == (64, 64, 64)
+    assert batch.qo_indptr.tolist() == list(range(65))
+    assert batch.sampling.rows.tolist() == list(range(64))
+    assert batch.kv_lens.tolist() == load.kv_lens()
+    assert (batch.positions == batch.kv_lens - 1).all()
+    assert (batch.kv_lens.min(), batch.kv_lens.max()) == (41, 64)  # from the first token of 24 to the last
+    assert len(set(batch.kv_indices.tolist())) == int((-(-batch.kv_lens // 16)).sum())
