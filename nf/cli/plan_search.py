@@ -230,14 +230,21 @@ def _measured(
 ) -> dict[str, Any]:
     """A search's record, the fastest plan of each load stored, and one drawn."""
     from nf.graphs.plan_store import save_plans
+    from nf.planning.neighbours import neighbours
     from nf.planning.profile import ProfileKey
-    from nf.planning.search import bounds, chosen_plans, search
+    from nf.planning.search import bounds, candidate_of, chosen_plans, search
     from nf.planning.search_record import record
 
     on, bench = where.on, where.bench
     assert on is not None
     assert bench is not None
-    found = search(wanted, loads, bench, progress=lambda words: _say(args, words))
+
+    def vary(plan: PipelinePlan) -> list[Candidate]:
+        if where.device is None:  # nothing can be measured that was not
+            return []
+        return [candidate_of(each, "neighbour", model, profile, loads) for each in neighbours(plan)]
+
+    found = search(wanted, loads, bench, vary=vary, progress=lambda words: _say(args, words))
     key = ProfileKey(on.gpu, on.driver, on.kernels)
     head: dict[str, Any] = {"model": args.model, **asdict(key)}
     if profile is not None and profile.key != key:

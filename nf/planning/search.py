@@ -1,14 +1,14 @@
 """The last stage of the search: candidates are measured in the real step, and the fastest plan of each load is kept.
 
-Predictions choose what is worth measuring, measurements choose the plans. Two plans that differ by less than runs of
-one and the same plan do are no different, so a plan other than the sequential one has to win clearly, and to win again
-when both are measured once more.
+Predictions choose what is worth measuring, and so do the first winners, whose neighbours are tried as well;
+measurements choose the plans. Two plans that differ by less than runs of one and the same plan do are no different, so
+a plan other than the sequential one has to win clearly, and to win again when both are measured once more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -149,9 +149,18 @@ def candidates(
     for plan in more:
         kinds.setdefault(replace(plan, decode_tokens=None), "given")  # it is measured at every load
     return [
-        Candidate(plan, kind, _predictions(plan, model, profile, loads))
+        candidate_of(plan, kind, model, profile, loads)
         for plan, kind in zip(_named_apart(list(kinds)), kinds.values(), strict=True)
     ]
+
+
+def candidate_of(
+    plan: PipelinePlan, kind: str, model: Model, profile: Profile | None, loads: Sequence[Load]
+) -> Candidate:
+    """The plan with what the profile predicts of it, if there is one."""
+    if profile is None:
+        return Candidate(plan, kind, (None,) * len(loads))
+    return Candidate(plan, kind, tuple(predict.of_plan(plan, model, profile, batch_shape(load)) for load in loads))
 
 
 def _named_apart(plans: Sequence[PipelinePlan]) -> list[PipelinePlan]:
@@ -164,52 +173,65 @@ def _named_apart(plans: Sequence[PipelinePlan]) -> list[PipelinePlan]:
     return found
 
 
-def _predictions(
-    plan: PipelinePlan, model: Model, profile: Profile | None, loads: Sequence[Load]
-) -> tuple[Prediction | None, ...]:
-    if profile is None:
-        return (None,) * len(loads)
-    return tuple(predict.of_plan(plan, model, profile, batch_shape(load)) for load in loads)
-
-
 def search(
     wanted: Sequence[Candidate],
     loads: Sequence[Load],
     bench: StepBench,
     *,
+    vary: Callable[[PipelinePlan], Iterable[Candidate]] = lambda _: (),
     progress: Callable[[str], object] = lambda _: None,
 ) -> Search:
-    """Measure all candidates and choose one for each load.
+    """Measure all candidates, then what is close to those that win, and choose one for each load.
 
     A plan that the hardware refuses, or has not enough memory for, is noted and left out; if those that win cannot be
     measured once more, the sequential plan stays.
 
     Args:
         wanted: the sequential plan first.
+        vary: candidates close to a plan.
         progress: called with a few words before and after a candidate is measured.
     """
     results: list[Result] = []
     for candidate in wanted:
-        progress(f"measuring {candidate.plan.name}")
-        try:
-            results.append(Result(candidate, tuple(bench.measure(candidate.plan, loads))))
-        except NfError as error:
-            if not results:  # without the sequential plan there is nothing to compare with
-                raise
-            results.append(Result(candidate, error=str(error)))
-        progress("  " + (results[-1].error or ", ".join(f"{1e3 * m.seconds:.2f} ms" for m in results[-1].measured)))
-    base = results[0]
-    winners = [result for result in dict.fromkeys(fastest(results, len(loads))) if result is not base]
+        results.append(_once(candidate, loads, bench, progress, required=not results))
+    known = {replace(result.candidate.plan, name="") for result in results}
+    for winner in _winners(results, len(loads)):
+        for candidate in vary(winner.candidate.plan):
+            if (nameless := replace(candidate.plan, name="")) not in known:
+                known.add(nameless)
+                *_, plan = _named_apart([*(result.candidate.plan for result in results), candidate.plan])
+                results.append(_once(replace(candidate, plan=plan), loads, bench, progress))
+    base, winners = results[0], _winners(results, len(loads))
+    best = [base] * len(loads)
     if winners:
         try:
             again = [_once_more(result, loads, bench, progress) for result in (base, *winners)]
         except NfError as error:
             progress(f"sequential stays: there is no second measurement ({error})")
-            return Search(tuple(loads), tuple(results), (base,) * len(loads))
-        for before, after in zip((base, *winners), again, strict=True):
-            results[results.index(before)] = after
-        return Search(tuple(loads), tuple(results), tuple(fastest(again, len(loads))))
-    return Search(tuple(loads), tuple(results), (base,) * len(loads))
+        else:
+            for before, after in zip((base, *winners), again, strict=True):
+                results[results.index(before)] = after
+            best = fastest(again, len(loads))
+    return Search(tuple(loads), tuple(results), tuple(best))
+
+
+def _once(
+    candidate: Candidate,
+    loads: Sequence[Load],
+    bench: StepBench,
+    progress: Callable[[str], object],
+    required: bool = False,
+) -> Result:
+    """A first result; ``required`` of the sequential plan, without which there is nothing to compare with."""
+    progress(f"measuring {candidate.plan.name}")
+    try:
+        result = Result(candidate, tuple(bench.measure(candidate.plan, loads)))
+    except NfError as error:
+        if required:
+            raise
+        result = Result(candidate, error=str(error))
+    progress("  " + (result.error or ", ".join(f"{1e3 * m.seconds:.2f} ms" for m in result.measured)))
+    return result
 
 
 def _once_more(result: Result, loads: Sequence[Load], bench: StepBench, progress: Callable[[str], object]) -> Result:
@@ -217,6 +239,11 @@ def _once_more(result: Result, loads: Sequence[Load], bench: StepBench, progress
     progress(f"measuring {result.candidate.plan.name} once more")
     second = bench.measure(result.candidate.plan, loads)
     return replace(result, measured=tuple(_mean(a, b) for a, b in zip(result.measured, second, strict=True)))
+
+
+def _winners(results: Sequence[Result], num_loads: int) -> list[Result]:
+    """Each of the fastest once, but for the sequential plan."""
+    return [result for result in dict.fromkeys(fastest(results, num_loads)) if result is not results[0]]
 
 
 def fastest(results: Sequence[Result], num_loads: int) -> list[Result]:

@@ -92,7 +92,7 @@ def upload_weights(model: Model, weights: ModelWeights) -> DeviceWeights:
 def gpu_executor(
     model: Model, weights: ModelWeights | Path, plan: PipelinePlan | int | Sequence[PipelinePlan], **sizes: int
 ) -> Iterator[GpuExecutor]:
-    """An executor of one plan or several, closed at the end; a number is the sequential plan of that dense batch size."""
+    """An executor of a plan or several, closed at the end; a number is the sequential plan of that dense batch size."""
     device = Device()
     plan = sequential_plan(model.operations, plan) if isinstance(plan, int) else plan
     plans = [plan] if isinstance(plan, PipelinePlan) else plan

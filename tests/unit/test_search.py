@@ -23,10 +23,22 @@ from nf.models.operations import Rows
 from nf.planning.gpu_step_bench import plans_for
 from nf.planning.loads import batch_shape, loads
 from nf.planning.nano_layer import profiled_costs
+from nf.planning.neighbours import neighbours
 from nf.planning.predict import of_plan, rounds_of
 from nf.planning.profiling import ENDS
 from nf.planning.resources import propose
-from nf.planning.search import WORTH, Candidate, Result, Search, baselines, bounds, candidates, chosen_plans, search
+from nf.planning.search import (
+    WORTH,
+    Candidate,
+    Result,
+    Search,
+    baselines,
+    bounds,
+    candidates,
+    chosen_plans,
+    partitioned,
+    search,
+)
 from nf.planning.search_record import record
 
 LOAD = Load(2048, 1024, 512)
@@ -154,6 +166,47 @@ def test_a_plan_measured_once_is_not_chosen() -> None:
     )
     assert names(found) == ["nano-batch"]
     assert found.best[0].measured[0].seconds == pytest.approx(0.95)
+
+
+def cut_plan(memory_sms: int, cut: int) -> PipelinePlan:
+    """Two nano-batches on partitions of the GPU."""
+    plan = partitioned(nano_batch_plan(OPERATIONS, 2048), memory_sms, SMS)
+    return replace(plan, nano_batches=((0, cut), (cut, 2048)))
+
+
+def test_neighbours_are_a_step_away_and_valid() -> None:
+    near = list(neighbours(cut_plan(24, 512)))
+    sizes = {(plan.streams[1].sms, plan.nano_batches[0][1]) for plan in near}
+    assert sizes == {(16, 512), (32, 512), (24, 256), (24, 768)}
+    for plan in near:
+        validate(plan, OPERATIONS, gpu_sms=SMS)
+        assert sum(int(stream.sms) for stream in plan.streams) == SMS
+    assert len({plan.name for plan in near}) == 4
+    at_the_end = {(plan.streams[1].sms, plan.nano_batches[0][1]) for plan in neighbours(cut_plan(8, 1900))}
+    assert at_the_end == {(16, 1900), (8, 1644)}
+    for plan in (sequential_plan(OPERATIONS, 2048), nano_batch_plan(OPERATIONS, 2048)):
+        assert list(neighbours(plan)) == []
+
+
+def test_what_is_close_to_a_winner_is_measured_as_well() -> None:
+    start, best = cut_plan(24, 1024), cut_plan(16, 1024)
+
+    def seconds(plan: PipelinePlan, _: Load) -> float:
+        nameless = replace(plan, name=start.name)
+        return 0.9 if nameless == start else 0.8 if nameless == replace(best, name=start.name) else 1.0
+
+    def vary(plan: PipelinePlan) -> list[Candidate]:
+        return [Candidate(near, "neighbour", (None,)) for near in neighbours(plan)]
+
+    bench = TableBench(seconds)
+    found = search(without_profile(), [LOAD], bench, vary=vary)
+    assert replace(found.best[0].candidate.plan, name=best.name) == best
+    assert found.best[0].candidate.kind == "neighbour"
+    assert len(bench.measured) == 4 + 4 + 2  # the baselines, the winner's neighbours, the last two once more
+    assert len({result.candidate.plan.name for result in found.results}) == len(found.results)
+    none = TableBench(lambda *_: 1.0)
+    search(without_profile(), [LOAD], none, vary=vary)
+    assert len(none.measured) == 4
 
 
 def test_a_gain_that_does_not_come_again_is_none() -> None:
