@@ -206,6 +206,11 @@ def choose(n: int, k: int, rows: int, sms: int, epilogue: Epilogue = "none", out
     return GemmChoice(min(able, key=lambda config: cost(config, n, k, rows, sms)))
 
 
+def prefer(n: int, k: int, rows: int, sms: int, choice: GemmChoice) -> None:
+    """Let ``choose`` take this from now on, as if the table said so; for tuning."""
+    _table()[n, k, sms, rows] = choice
+
+
 def cost(config: GemmConfig, n: int, k: int, rows: int, sms: int) -> float:
     """What a configuration would cost, in clock cycles and up to what they all share; only the order means anything.
 

@@ -1,0 +1,53 @@
+"""scripts/tune_gemm_step.py: where a plan's products run, and what is kept of what was tried, with steps from a table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_profile import MODEL, SMS
+from test_bench_scripts import load_script
+
+from nf.bench.gemm_cases import MODELS
+from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan
+from nf.kernels import gemm
+from nf.planning.search import partitioned
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(gemm, "_table", lambda table=dict(gemm._table()): table)  # choices end with the test
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    return load_script("tune_gemm_step", monkeypatch)
+
+
+def cut_plan() -> PipelinePlan:
+    plan = partitioned(nano_batch_plan(MODEL.operations, 2048), 24, SMS)
+    return replace(plan, nano_batches=((0, 512), (512, 2048)))
+
+
+def test_places_are_the_products_on_partitions(script: Any) -> None:
+    found = script.places(cut_plan())
+    names = ["gate_up", "down", "qkv", "o"]
+    assert found == [(name, rows, 108) for rows in (1536, 512) for name in names]
+    assert script.places(sequential_plan(MODEL.operations, 2048)) == []
+
+
+def test_what_makes_the_step_clearly_faster_stays(script: Any) -> None:
+    """The second of the four candidates for the longest product saves time, the third as good as none."""
+    n, k = MODELS["llama-3-8b"]["gate_up"]
+    options = script.candidates("gate_up", n, k, 1536, 108, 4)
+    assert len({*options}) == len(options) >= 3
+    saved = {options[1]: 0.05, options[2]: 0.05 + script.WORTH / 4}
+
+    def step() -> float:
+        return 1 - saved.get(gemm.choose(n, k, 1536, 108, "swiglu"), 0.0)
+
+    points = list(script.descend("llama-3-8b", cut_plan(), step, 4))
+    assert [(p["name"], p["rows"]) for p in points] == [(name, rows) for name, rows, _ in script.places(cut_plan())]
+    assert points[0]["times"][0] == [options[0].config.label, options[0].group, 1]
+    assert gemm.choose(n, k, 1536, 108, "swiglu") == options[1]
+    assert all(point["times"][0][2] == pytest.approx(0.95) for point in points[1:])
+    assert all(gemm.choose(*MODELS["llama-3-8b"][p["name"]], p["rows"], 108).config.label for p in points)
