@@ -171,7 +171,7 @@ def _resolve(
         max_num_seqs = min(backend.max_num_seqs, dense_batch_size)
     config = replace(
         config,
-        plan=", ".join(dict.fromkeys(plan.name for plan in plans)),
+        plan="; ".join(dict.fromkeys(plan.name for plan in plans)),
         max_num_batched_tokens=dense_batch_size,
         max_num_seqs=max_num_seqs,
         max_model_len=_max_model_len(config.max_model_len, model.config),

@@ -268,7 +268,7 @@ def test_the_fastest_known_plans_are_taken_unless_another_is_named(
         assert first == sequential  # of steps of every size
         assert sorted(plan.name for plan in others) == ["2048-2048", "2048-682", "640-640"]
         assert {*others} == {plan for plan in stored.values() if plan.dense_batch_size <= 2048}
-        assert sorted(loaded.config.plan.split(", ")) == ["2048-2048", "2048-682", "640-640", "sequential"]
+        assert sorted(loaded.config.plan.split("; ")) == ["2048-2048", "2048-682", "640-640", "sequential"]
     loaded = load(small_shape, random_weights=True, plan="sequential")
     assert (loaded.config.plan, loaded.executor.plans) == ("sequential", [sequential])
     assert the_gpu.calls == [0, 0, 0]
@@ -283,6 +283,6 @@ def test_plans_of_the_same_name_are_named_once(
     plans = [replace(make(operations, 2048), decode_tokens=number) for make, number in makes]
     save_plans(plans, SMALL, "NVIDIA H200", {})
     loaded: Any = load(small_shape, random_weights=True)
-    assert loaded.config.plan == "sequential, nano-batch"
+    assert loaded.config.plan == "sequential; nano-batch"
     assert len(loaded.executor.plans) == 4
     assert the_gpu.calls == [0]
