@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace) -> None:
     record = new_record(note="seconds of a whole step")
     model = declare(shape(args.model))
     plan = PipelinePlan.from_json(args.plan.read_text(encoding="utf-8"))
-    bench = GpuStepBench(model, Device(), run=args.run)
+    bench = GpuStepBench(model, Device(), quick=True)
     loads = [Load(plan.dense_batch_size, args.input_len, args.output_len)]
     end = time.monotonic() + args.seconds
     for point in descend(args.model, plan, lambda: bench.measure(plan, loads)[0].seconds, args.count):
@@ -105,7 +105,6 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=1024)
     parser.add_argument("--output-len", type=int, default=512)
     parser.add_argument("--count", type=int, default=4, help="configurations per product")
-    parser.add_argument("--run", type=float, default=0.6, help="seconds each is measured for")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

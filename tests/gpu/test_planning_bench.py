@@ -56,7 +56,7 @@ def test_power_is_that_of_the_card(device: Device) -> None:
 def test_the_baselines_run_as_whole_steps(device: Device) -> None:
     model = model_for_gpu()
     loads = [Load(512, 40, 24), Load(512, 20, 100), Load(512, 40, 24, decode_only=True)]
-    bench = GpuStepBench(model, device, run=0.1)
+    bench = GpuStepBench(model, device, quick=True)
     found = search(candidates(model, None, loads, device.sms), loads, bench)
     assert [len(result.measured) for result in found.results] == [3, 3, 3, 3]
     names = {operation.name for operation in model.operations}

@@ -45,8 +45,10 @@ def profile(tmp_path: Path) -> str:
 class StepBench:
     """Every other plan than "nano-batch" takes a second."""
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    quick = False
+
+    def __init__(self, *_: Any, quick: bool = False) -> None:
+        StepBench.quick = quick
 
     def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
         return [Measurement(0.8 if plan.name == "nano-batch" else 1.0, 690.0) for _ in loads]
@@ -67,6 +69,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr("nf.planning.hardware.current_gpu", lambda **_: ACCELERATORS["h200"])
     monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_a_quick_search_measures_steps_for_a_shorter_time(gpu: Path) -> None:
+    for options in ([], ["--quick"]):
+        assert nf("search", "llama-3-8b", "--count", "0", "--no-store", "-q", *options) == 0
+        assert StepBench.quick == bool(options)
 
 
 def test_the_fastest_plan_is_shown_and_kept(gpu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
