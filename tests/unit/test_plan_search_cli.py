@@ -71,7 +71,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_quick_search_measures_steps_for_a_shorter_time(gpu: Path) -> None:
+@pytest.mark.usefixtures("gpu")
+def test_a_quick_search_measures_steps_for_a_shorter_time() -> None:
     for options in ([], ["--quick"]):
         assert nf("search", "llama-3-8b", "--count", "0", "--no-store", "-q", *options) == 0
         assert StepBench.quick == bool(options)
