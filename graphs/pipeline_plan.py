@@ -1,7 +1,7 @@
 """PipelinePlan: which nano-operation runs on which stream, in which order, as plain data with a JSON form.
 
 The JSON form is an object with the fields of PipelinePlan and ``"version": 1``; ``model``, ``gpu``, ``decode_tokens``,
-``sms``, ``priority`` and ``lag`` may be left out and then take their defaults.
+``decode_context``, ``sms``, ``priority`` and ``lag`` may be left out and then take their defaults.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class PipelinePlan:
             each operation cover the dense batch exactly once.
         streams: run at the same time.
         model, gpu: what the plan was made for; None if for any.
-        decode_tokens: of the steps that the plan was made for: a step takes the plan whose number is nearest to its
-            own, and the sequential plan if that is 0. None: of any step.
+        decode_tokens, decode_context: of the steps that the plan was made for, and the mean number of keys that each of
+            these tokens sees. The plan is for steps like that (see pool.py); None: for any.
     """
 
     name: str
@@ -71,6 +71,7 @@ class PipelinePlan:
     model: str | None = None
     gpu: str | None = None
     decode_tokens: int | None = None
+    decode_context: int | None = None
 
     @property
     def max_lag(self) -> int:
@@ -88,6 +89,7 @@ class PipelinePlan:
             f'  "gpu": {json.dumps(self.gpu)},\n'
             f'  "dense_batch_size": {self.dense_batch_size},\n'
             f'  "decode_tokens": {json.dumps(self.decode_tokens)},\n'
+            f'  "decode_context": {json.dumps(self.decode_context)},\n'
             f'  "nano_batches": {json.dumps(self.nano_batches)},\n'
             f'  "streams": [\n{streams}\n  ]\n'
             "}\n"
@@ -113,6 +115,7 @@ class PipelinePlan:
             model=fields.take("model", _optional(_string), None),
             gpu=fields.take("gpu", _optional(_string), None),
             decode_tokens=fields.take("decode_tokens", _optional(_integer), None),
+            decode_context=fields.take("decode_context", _optional(_integer), None),
         )
         fields.finish()
         return plan

@@ -36,6 +36,8 @@ def _check_nano_batches(plan: PipelinePlan) -> None:
         raise PlanError("dense_batch_size", f"must be 1 to {MAX_DENSE_BATCH_SIZE} tokens, got {tokens}")
     if plan.decode_tokens is not None and not 0 <= plan.decode_tokens <= tokens:
         raise PlanError("decode_tokens", f"must be 0 to {tokens}, the dense batch size, got {plan.decode_tokens}")
+    if plan.decode_context is not None and (plan.decode_context < 1 or not plan.decode_tokens):
+        raise PlanError("decode_context", "must be at least 1, and needs decode_tokens of at least 1")
     if not 1 <= len(plan.nano_batches) <= MAX_NANO_BATCHES:
         raise PlanError("nano_batches", f"must be 1 to {MAX_NANO_BATCHES} token ranges, got {len(plan.nano_batches)}")
     for index, (start, stop) in enumerate(plan.nano_batches):

@@ -185,7 +185,7 @@ class GpuExecutor:
         """
         self._check_open()
         self._device.use()
-        step, _ = self._pool.find(batch.num_tokens, batch.num_decode)
+        step, _ = self._pool.find(batch.num_tokens, batch.num_decode, batch.decode_keys)
         self._memory.inputs.upload(batch, self._stream.handle)
         return capture_traced(
             Layers(self._model, step.plan, self._kernels, self._memory, self._sizes, self._device.sms),
@@ -299,7 +299,7 @@ class GpuExecutor:
         start.record(stream)
         self._pages.move(batch, self._kernels.page_copy, self._memory.inputs.pointers, self._device.sms, stream)
         if batch.num_tokens:
-            _, graph = self._pool.find(batch.num_tokens, batch.num_decode)
+            _, graph = self._pool.find(batch.num_tokens, batch.num_decode, batch.decode_keys)
             graph.launch(stream)
         self._prompt_logprobs(len(batch.prompt_logprobs.rows), stream)
         end.record(stream)

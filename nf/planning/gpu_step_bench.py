@@ -104,7 +104,7 @@ class GpuStepBench:
 def plans_for(plan: PipelinePlan, loads: Sequence[Load]) -> list[PipelinePlan]:
     """``plan`` for any step, and where a load only decodes also as an engine runs it then: without what only prefill
     chunks need."""
-    found = [replace(plan, decode_tokens=None)]
+    found = [replace(plan, decode_tokens=None, decode_context=None)]
     if any(load.decode_only for load in loads):
-        found.append(replace(plan, decode_tokens=plan.dense_batch_size))
+        found.append(replace(found[0], decode_tokens=plan.dense_batch_size))
     return found

@@ -147,7 +147,8 @@ def candidates(
             ):
                 kinds.setdefault(proposal.plan, proposal.arrangement)
     for plan in more:
-        kinds.setdefault(replace(plan, decode_tokens=None), "given")  # it is measured at every load
+        anywhere = replace(plan, decode_tokens=None, decode_context=None)  # it is measured at every load
+        kinds.setdefault(anywhere, "given")
     return [
         candidate_of(plan, kind, model, profile, loads)
         for plan, kind in zip(_named_apart(list(kinds)), kinds.values(), strict=True)
@@ -260,7 +261,13 @@ def fastest(results: Sequence[Result], num_loads: int) -> list[Result]:
 def chosen_plans(found: Search, model: str, gpu: str) -> list[PipelinePlan]:
     """The fastest plans, each with what it is for: the step of its load."""
     return [
-        replace(result.candidate.plan, model=model, gpu=gpu, decode_tokens=load.num_decode)
+        replace(
+            result.candidate.plan,
+            model=model,
+            gpu=gpu,
+            decode_tokens=load.num_decode,
+            decode_context=batch_shape(load).decode_context,
+        )
         for load, result in zip(found.loads, found.best, strict=True)
     ]
 

@@ -92,6 +92,11 @@ class Batch:
     def num_seqs(self) -> int:
         return len(self.slots)
 
+    @property
+    def decode_keys(self) -> int:
+        """That the decode tokens see together, themselves included."""
+        return int(self.kv_lens[: self.num_decode].sum())
+
 
 def without_sampling(batch: Batch) -> Batch:
     """The same step, but nothing is sampled and no log-probability is asked for."""

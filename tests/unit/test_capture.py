@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from plan_cases import LLAMA, MIXTRAL, must_precede
 from nf.graphs import capture as module
 from nf.graphs.partition import Lane
 from nf.graphs.plan import LayerStep, PipelinePlan, load_plan, nano_batch_plan, sequential_plan, unroll
-from nf.graphs.pool import SHORT, GraphPool, StepPlan, capacities, step_plans
+from nf.graphs.pool import ALIKE, SHORT, GraphPool, StepPlan, capacities, step_plans
 from nf.kernels.device import DeviceMemoryError
 from nf.models.operations import Operation, Rows
 
@@ -201,7 +202,7 @@ def test_every_batch_has_a_graph_of_at_most_twice_its_size(size: int) -> None:
     pool = pool_of([load_plan("sequential", LLAMA, size)])
     for tokens in range(1, size + 1):
         for decode_only in (False, True):
-            step, graph = pool.find(tokens, tokens if decode_only else tokens - 1)
+            step, graph = pool.find(tokens, tokens if decode_only else tokens - 1, 1000)
             chosen = step.plan.dense_batch_size
             assert graph is step  # type: ignore[comparison-overlap]
             assert tokens <= chosen <= max(16, 2 * tokens)
@@ -238,40 +239,45 @@ def stored(draw: st.DrawFn) -> list[PipelinePlan]:
         numbers = draw(st.lists(st.integers(0, size) | st.just(size), min_size=1, max_size=3, unique=True))
         for number in numbers:
             make = draw(st.sampled_from([sequential_plan, nano_batch_plan]))
-            found.append(replace(make(LLAMA, size), name=f"{size}, {number}", decode_tokens=number))
+            context = draw(st.none() | st.integers(1, 3000)) if number else None
+            name = f"{size}, {number}"
+            found.append(replace(make(LLAMA, size), name=name, decode_tokens=number, decode_context=context))
     return found
 
 
 @settings(max_examples=60, deadline=None)
 @given(plans=stored(), data=st.data())
-def test_a_step_takes_the_plan_made_for_the_nearest_number_of_decode_tokens(
-    plans: list[PipelinePlan], data: st.DataObject
-) -> None:
+def test_a_step_takes_the_plan_made_for_steps_most_like_it(plans: list[PipelinePlan], data: st.DataObject) -> None:
     most = plans[0].dense_batch_size
     pool, sizes = pool_of(plans), {*capacities(most), *(plan.dense_batch_size for plan in plans)}
     for _ in range(20):
         tokens = data.draw(st.integers(1, most))
         decodes = data.draw(st.integers(0, tokens) | st.just(tokens))
-        step, _graph = pool.find(tokens, decodes)
+        keys = decodes * data.draw(st.integers(1, 3000))
+        step, _graph = pool.find(tokens, decodes, keys)
         size = step.plan.dense_batch_size
         assert size == min(s for s in sizes if s >= tokens)
         only_decodes = tokens == decodes
         assert only_decodes or not step.decode_only
 
-        numbers = {plan.decode_tokens for plan in plans[1:] if plan.dense_batch_size == size}
-        for_decodes = size in numbers or size <= SHORT
-        if only_decodes and for_decodes:
+        def unlike(plan: PipelinePlan, decodes: int = decodes, keys: int = keys) -> float:
+            own, context = plan.decode_tokens or 0, plan.decode_context
+            pairs = [(decodes, own), *([(keys, own * context)] if context else [])]
+            if not decodes or not own:
+                return 0.0 if decodes == own else math.inf
+            factors = [max(a / b, b / a) for a, b in pairs]
+            return math.prod(factors) if max(factors) <= ALIKE else math.inf
+
+        made = [plan for plan in plans[1:] if plan.dense_batch_size == size and unlike(plan) < math.inf]
+        whole = [plan for plan in made if plan.decode_tokens == size]
+        able = whole if only_decodes and (whole or size <= SHORT) else [p for p in made if p.decode_tokens != size]
+        if able:
+            assert unlike(step.plan) == pytest.approx(min(map(unlike, able)))
+            assert step.plan.decode_tokens is not None
+        else:
+            assert (step.plan.name, step.plan.decode_tokens) == ("sequential", None)
+        if only_decodes and size <= SHORT:
             assert step.decode_only
-            expected = {size}
-        else:
-            able = {0} | {number for number in numbers if number is not None and number < size}
-            nearest = min(abs(number - decodes) for number in able)
-            expected = {number for number in able if abs(number - decodes) == nearest}
-        assert step.plan.decode_tokens in expected
-        if step.plan.decode_tokens in numbers:  # what was measured goes before what is sequential by default
-            assert step.plan.name == f"{size}, {step.plan.decode_tokens}"
-        else:
-            assert step.plan.name == "sequential"
 
 
 @settings(max_examples=50, deadline=None)
@@ -281,38 +287,48 @@ def test_a_plan_for_any_step_serves_every_step_of_its_size(size: int, data: st.D
     pool, smaller = pool_of([nano]), [*capacities(size)][-2:-1]
     for tokens in {size, (smaller[0] if smaller else 0) + 1}:
         for decodes in {0, tokens, data.draw(st.integers(0, tokens))}:
-            assert pool.find(tokens, decodes)[0] == StepPlan(nano, LLAMA)
+            assert pool.find(tokens, decodes, 1000 * decodes)[0] == StepPlan(nano, LLAMA)
     for tokens in smaller:
-        assert pool.find(tokens, 0)[0].plan.name == "sequential"
+        assert pool.find(tokens, 0, 0)[0].plan.name == "sequential"
 
 
 def test_a_stored_plan_for_fewer_tokens_makes_a_graph_of_its_own() -> None:
     own = replace(nano_batch_plan(LLAMA, 1000), decode_tokens=300)
     pool = pool_of([sequential_plan(LLAMA, 2048), own])
-    assert pool.find(1000, 300)[0].plan == own
-    assert pool.find(897, 151)[0].plan == own
-    assert pool.find(1000, 149)[0].plan.name == "sequential"
+    for decodes, name in ((300, "nano-batch"), (215, "nano-batch"), (419, "nano-batch"), (213, None), (421, None)):
+        assert pool.find(1000, decodes, 0)[0].plan.name == (name or "sequential")
+    assert pool.find(897, 300, 0)[0].plan == own
     for tokens in (896, 1001):  # of other sizes
-        step, _ = pool.find(tokens, 300)
+        step, _ = pool.find(tokens, 300, 0)
         assert (step.plan.name, step.plan.dense_batch_size - tokens) == ("sequential", 0 if tokens == 896 else 23)
+
+
+def test_how_much_there_is_to_read_counts_as_well_as_for_how_many() -> None:
+    """Many short sequences are not like as many long ones: their attention is over before what it should lie beside."""
+    own = replace(nano_batch_plan(LLAMA, 2048), decode_tokens=700, decode_context=1000)
+    pool = pool_of([sequential_plan(LLAMA, 2048), own])
+    for context, name in ((1000, "nano-batch"), (720, "nano-batch"), (1390, "nano-batch"), (700, None), (1500, None)):
+        assert pool.find(2048, 700, 700 * context)[0].plan.name == (name or "sequential")
+    assert pool.find(2048, 900, 700 * 1000)[0].plan == own
+    assert pool.find(2048, 1100, 700 * 1000)[0].plan.name == "sequential"
 
 
 def test_a_sequential_plan_stored_for_some_decode_tokens_holds_others_off() -> None:
     nano = replace(nano_batch_plan(LLAMA, 2048), decode_tokens=600)
     without = pool_of([sequential_plan(LLAMA, 2048), nano])
-    assert without.find(2048, 1400)[0].plan == nano
-    sequential = replace(sequential_plan(LLAMA, 2048), decode_tokens=1200)
+    assert without.find(2048, 750, 0)[0].plan == nano
+    sequential = replace(sequential_plan(LLAMA, 2048), decode_tokens=800)
     beside = pool_of([sequential_plan(LLAMA, 2048), nano, sequential])
-    assert beside.find(2048, 1400)[0].plan == sequential
-    assert beside.find(2048, 899)[0].plan == nano
+    assert beside.find(2048, 750, 0)[0].plan == sequential
+    assert beside.find(2048, 650, 0)[0].plan == nano
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
 def test_few_sequences_that_decode_run_without_prefill_attention(tokens: int) -> None:
     """They are nearer to no decode token at all than to a full graph of them."""
     pool = pool_of([sequential_plan(LLAMA, 2048)])
-    assert pool.find(tokens, tokens)[0].decode_only
-    assert not pool.find(tokens, tokens - 1)[0].decode_only
+    assert pool.find(tokens, tokens, 0)[0].decode_only
+    assert not pool.find(tokens, tokens - 1, 0)[0].decode_only
 
 
 def test_what_a_search_measured_for_steps_that_only_decode_runs_them() -> None:
@@ -320,6 +336,6 @@ def test_what_a_search_measured_for_steps_that_only_decode_runs_them() -> None:
     for size in (256, 640):
         nano = replace(nano_batch_plan(LLAMA, size), decode_tokens=size)
         pool = pool_of([sequential_plan(LLAMA, 2048), nano])
-        step, _ = pool.find(size, size)
+        step, _ = pool.find(size, size, 0)
         assert (step.plan.name, step.decode_only) == ("nano-batch", True)
-        assert pool.find(size, size - 1)[0].plan.name == "sequential"
+        assert pool.find(size, size - 1, 0)[0].plan.name == "sequential"

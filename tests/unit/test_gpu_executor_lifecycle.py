@@ -29,7 +29,8 @@ MODEL = declare(ModelConfig("LlamaForCausalLM", 64, 64, 128, 2, 4, 2, 64, 1e-5, 
 def step(num_tokens: int = 0, num_decode: int = 0) -> Any:
     """As much of a Batch as the executor itself looks at."""
     prompts = SimpleNamespace(rows=[])
-    return SimpleNamespace(num_tokens=num_tokens, num_decode=num_decode, prompt_logprobs=prompts)
+    keys = 100 * num_decode
+    return SimpleNamespace(num_tokens=num_tokens, num_decode=num_decode, decode_keys=keys, prompt_logprobs=prompts)
 
 
 class Card:

@@ -44,6 +44,7 @@ documents = st.builds(
     model=st.none() | names,
     gpu=st.none() | names,
     decode_tokens=st.none() | st.integers(),
+    decode_context=st.none() | st.integers(),
 )
 
 
@@ -80,11 +81,11 @@ def test_what_may_be_left_out_takes_its_default() -> None:
                "streams": [{"name": "s", "nano_operations": [{"operation": "o_proj", "nano_batch": 0}]}]}"""
     stream = Stream("s", (NanoOperation("o_proj", 0, lag=0),), sms="all", priority=0)
     assert PipelinePlan.from_json(text) == PipelinePlan(
-        "p", 8, ((0, 8),), (stream,), model=None, gpu=None, decode_tokens=None
+        "p", 8, ((0, 8),), (stream,), model=None, gpu=None, decode_tokens=None, decode_context=None
     )
 
 
-KNOWN = "version, name, dense_batch_size, nano_batches, streams, model, gpu, decode_tokens"
+KNOWN = "version, name, dense_batch_size, nano_batches, streams, model, gpu, decode_tokens, decode_context"
 WRONG: list[tuple[Any, str]] = [
     ([], "plan: must be a JSON object, got a list"),
     (document(version=None), "version: the field is missing; it must be given"),
@@ -106,6 +107,7 @@ WRONG: list[tuple[Any, str]] = [
     (document(**{"a\nb": 1}), rf'"a\nb": the field is unknown; known are {KNOWN}'),
     (document(gpu=4), "gpu: must be a string of printable characters, got 4"),
     (document(decode_tokens="682"), 'decode_tokens: must be an integer, got "682"'),
+    (document(decode_context=6.5), "decode_context: must be an integer, got 6.5"),
     (document(decode_tokens=6.5), "decode_tokens: must be an integer, got 6.5"),
     (document(decode_tokens=True), "decode_tokens: must be an integer, got true"),
     (document(streams=[7]), "streams[0]: must be a JSON object, got 7"),

@@ -75,9 +75,13 @@ def swapped(plan: PipelinePlan) -> PipelinePlan:
     return with_stream(0, nano_operations=(a, b, d, c, *rest))(plan)
 
 
+CONTEXT = "decode_context: must be at least 1, and needs decode_tokens of at least 1"
 WRONG: list[tuple[Change, str]] = [
     (lambda plan: replace(plan, dense_batch_size=0), "dense_batch_size: must be 1 to 1048576 tokens, got 0"),
     (lambda plan: replace(plan, decode_tokens=-1), "decode_tokens: must be 0 to 256, the dense batch size, got -1"),
+    (lambda plan: replace(plan, decode_context=100), CONTEXT),
+    (lambda plan: replace(plan, decode_context=100, decode_tokens=0), CONTEXT),
+    (lambda plan: replace(plan, decode_context=0, decode_tokens=5), CONTEXT),
     (lambda plan: replace(plan, decode_tokens=257), "decode_tokens: must be 0 to 256, the dense batch size, got 257"),
     (with_ranges(), "nano_batches: must be 1 to 64 token ranges, got 0"),
     (

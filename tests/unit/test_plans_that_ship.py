@@ -50,9 +50,12 @@ def test_a_full_step_takes_the_plan_that_won_at_its_load(tmp_path: Path) -> None
     steps = step_plans([sequential_plan(MODEL.operations, SIZE), *plans], MODEL.operations)
     pool = GraphPool([(step, step) for step in steps])  # type: ignore[misc]
     for load in measured()["loads"]:
-        assert pool.find(SIZE, load["decode_tokens"])[0].plan.name == load["chosen"]
-    assert pool.find(SIZE, 0)[0].plan.name == "sequential"
-    assert pool.find(640, 640)[0].plan.name == "sequential"
+        batch = Load(SIZE, load["input_len"], load["output_len"]).batch(page_size=16)
+        assert batch.num_decode == load["decode_tokens"]
+        assert pool.find(SIZE, batch.num_decode, batch.decode_keys)[0].plan.name == load["chosen"]
+        assert pool.find(SIZE, batch.num_decode, batch.decode_keys // 2)[0].plan.name == "sequential"
+    assert pool.find(SIZE, 0, 0)[0].plan.name == "sequential"
+    assert pool.find(640, 640, 640 * 1280)[0].plan.name == "sequential"
 
 
 def test_the_profile_foresaw_what_was_measured() -> None:

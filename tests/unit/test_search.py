@@ -92,9 +92,8 @@ def test_the_fastest_plan_wins_is_kept_and_found(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
     save_plans(chosen_plans(found, "llama-3-8b", "NVIDIA H200"), MODEL.config, "NVIDIA H200", result)
     (stored,) = (s.plan for s in find_plans(MODEL, "NVIDIA H200", 2048, gpu_sms=SMS) if s.path.is_relative_to(tmp_path))
-    assert stored == replace(
-        nano_batch_plan(OPERATIONS, 2048), model="llama-3-8b", gpu="NVIDIA H200", decode_tokens=LOAD.num_decode
-    )
+    made_for = {"decode_tokens": LOAD.num_decode, "decode_context": batch_shape(LOAD).decode_context}
+    assert stored == replace(nano_batch_plan(OPERATIONS, 2048), model="llama-3-8b", gpu="NVIDIA H200", **made_for)
 
 
 @pytest.mark.parametrize("gain", [0.0, WORTH / 2, -0.1])
@@ -139,7 +138,7 @@ def test_what_is_stored_runs_the_steps_that_it_won() -> None:
     pool = GraphPool([(step, step) for step in steps])  # type: ignore[misc]
     for load, name in zip(MIXES, names(found), strict=True):
         for decode_tokens in range(load.num_decode - 100, load.num_decode + 100, 20):
-            step, _ = pool.find(2048, decode_tokens)
+            step, _ = pool.find(2048, decode_tokens, decode_tokens * batch_shape(load).decode_context)
             assert (step.plan.name, step.plan.dense_batch_size) == (name, 2048)
 
 
@@ -385,7 +384,7 @@ def test_a_plan_is_measured_as_an_engine_would_run_it() -> None:
                 steps = step_plans(plans_for(given, some), OPERATIONS)
                 pool = GraphPool([(step, step) for step in steps])  # type: ignore[misc]
                 for load in some:
-                    step, _ = pool.find(640, load.num_decode)
+                    step, _ = pool.find(640, load.num_decode, load.batch(16).decode_keys)
                     assert step.decode_only == load.decode_only
                     assert step.plan.nano_batches == plan.nano_batches, kind
                     assert [s.name for s in step.plan.streams] == [s.name for s in plan.streams]
