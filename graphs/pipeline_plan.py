@@ -1,7 +1,7 @@
 """PipelinePlan: which nano-operation runs on which stream, in which order, as plain data with a JSON form.
 
-The JSON form is an object with the fields of PipelinePlan and ``"version": 1``; ``model``, ``gpu``, ``decode_tokens``,
-``decode_context``, ``sms``, ``priority`` and ``lag`` may be left out and then take their defaults.
+The JSON form is an object with the fields of PipelinePlan and ``"version": 1``; ``model``, ``gpu``, ``loads``,
+``sms``, ``priority`` and ``lag`` may be left out and then take their defaults.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class PipelinePlan:
             each operation cover the dense batch exactly once.
         streams: run at the same time.
         model, gpu: what the plan was made for; None if for any.
-        decode_tokens, decode_context: of the steps that the plan was made for, and the mean number of keys that each of
-            these tokens sees. The plan is for steps like that (see pool.py); None: for any.
+        loads: of the steps that the plan is for, as (decode tokens, mean number of keys that each of them sees): it
+            serves steps like these (see pool.py). None: any step.
     """
 
     name: str
@@ -70,8 +70,7 @@ class PipelinePlan:
     streams: tuple[Stream, ...]
     model: str | None = None
     gpu: str | None = None
-    decode_tokens: int | None = None
-    decode_context: int | None = None
+    loads: tuple[tuple[int, int], ...] = ()
 
     @property
     def max_lag(self) -> int:
@@ -88,8 +87,7 @@ class PipelinePlan:
             f'  "model": {json.dumps(self.model)},\n'
             f'  "gpu": {json.dumps(self.gpu)},\n'
             f'  "dense_batch_size": {self.dense_batch_size},\n'
-            f'  "decode_tokens": {json.dumps(self.decode_tokens)},\n'
-            f'  "decode_context": {json.dumps(self.decode_context)},\n'
+            f'  "loads": {json.dumps(self.loads)},\n'
             f'  "nano_batches": {json.dumps(self.nano_batches)},\n'
             f'  "streams": [\n{streams}\n  ]\n'
             "}\n"
@@ -110,12 +108,11 @@ class PipelinePlan:
         plan = cls(
             name=fields.take("name", _string),
             dense_batch_size=fields.take("dense_batch_size", _integer),
-            nano_batches=fields.take("nano_batches", _list_of(_range)),
+            nano_batches=fields.take("nano_batches", _list_of(_pair("a token range [start, stop]"))),
             streams=fields.take("streams", _list_of(_stream)),
             model=fields.take("model", _optional(_string), None),
             gpu=fields.take("gpu", _optional(_string), None),
-            decode_tokens=fields.take("decode_tokens", _optional(_integer), None),
-            decode_context=fields.take("decode_context", _optional(_integer), None),
+            loads=fields.take("loads", _list_of(_pair("[decode tokens, keys]")), ()),
         )
         fields.finish()
         return plan
@@ -203,10 +200,13 @@ def _list_of(read: Reader[Value]) -> Reader[tuple[Value, ...]]:
     return read_list
 
 
-def _range(value: object, path: str) -> tuple[int, int]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise _wrong(path, "a token range [start, stop]", value)
-    return _integer(value[0], f"{path}[0]"), _integer(value[1], f"{path}[1]")
+def _pair(expected: str) -> Reader[tuple[int, int]]:
+    def read_pair(value: object, path: str) -> tuple[int, int]:
+        if not isinstance(value, list) or len(value) != 2:
+            raise _wrong(path, expected, value)
+        return _integer(value[0], f"{path}[0]"), _integer(value[1], f"{path}[1]")
+
+    return read_pair
 
 
 def _sms(value: object, path: str) -> int | Literal["all"]:

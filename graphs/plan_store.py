@@ -1,4 +1,4 @@
-"""Plans by what they were measured for: a model's shape, a GPU, a dense batch size and its decode tokens.
+"""Plans by what they were measured for: a model's shape, a GPU, a dense batch size and loads.
 
 Plans that ship lie in graphs/plans/, those that ``nf plan search`` found on this machine in the cache, and of one dense
 batch size these replace the former. A plan is a file of its own, as ``PipelinePlan.to_json`` writes it, so it can be
@@ -104,13 +104,13 @@ def save_plans(
     """Keep ``plans`` as those for their dense batch size, and no others; returns their files.
 
     Args:
-        plans: of one dense batch size, each with its number of decode tokens; of those with the same the last counts.
+        plans: of one dense batch size, each with its loads; the first of them names the file.
         measured: plain data, written beside them.
         folder: None is that of the plans found on this machine.
     """
     place, name = folder or user_folder(), f"{prefix(config, gpu)}{plans[0].dense_batch_size}"
     (place / name).parent.mkdir(parents=True, exist_ok=True)
-    files = {place / f"{name}-d{plan.decode_tokens}.json": plan for plan in plans}
+    files = {place / "{}-d{}x{}.json".format(name, *plan.loads[0]): plan for plan in plans}
     _write(place / f"{name}{MEASURED_SUFFIX}", json.dumps(measured, indent=1, allow_nan=False) + "\n")
     for path, plan in files.items():
         _write(path, plan.to_json())

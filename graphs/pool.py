@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import numpy as np
+
 from nf.graphs.capture import Graph
 from nf.graphs.plan import PipelinePlan, sequential_plan
 from nf.models.operations import Operation, Rows
@@ -16,9 +18,8 @@ SMALLEST = 16  # tokens
 BLOCK = 128  # tokens; the GEMMs' tiles have as many rows, or twice as many
 FINE, COARSE_BLOCKS = 2048, 4  # up to FINE tokens a graph for every block, beyond that for every fourth
 SHORT = 512  # tokens of a step that takes so little time that launches without rows matter
-# A plan serves steps whose decode tokens, and the keys that they see, are within this factor of those that it was made
-# for. Beyond, what it overlaps no longer takes as long as what it overlaps that with: on an H200 a plan that gains 10 %
-# at its load gains 3 % at 0.6 times as many, and loses 4 % at a third.
+# A plan serves steps whose decode tokens, and the keys that they see, are within this factor of those of its loads.
+# Farther off, what it overlaps no longer takes as long as what it overlaps that with.
 ALIKE = 1.4
 
 
@@ -51,22 +52,6 @@ class StepPlan:
         """Whether a step with a prefill chunk must not use it."""
         return all(operation.rows is not Rows.PREFILL for operation in self.operations)
 
-    def distance(self, decode_tokens: int, keys: int) -> float:
-        """How unlike a step is those that the plan was made for; infinite if too much so.
-
-        Args:
-            decode_tokens: of the step.
-            keys: that they see together.
-        """
-        own, context = self.plan.decode_tokens, self.plan.decode_context
-        if own is None or decode_tokens == own == 0:
-            return 0.0
-        if not own or not decode_tokens:
-            return math.inf
-        ratios = [decode_tokens / own] + ([max(keys, 1) / (own * context)] if context else [])
-        logs = [abs(math.log(ratio)) for ratio in ratios]
-        return sum(logs) if max(logs) <= math.log(ALIKE) else math.inf
-
 
 def step_plans(plans: Sequence[PipelinePlan], operations: Sequence[Operation]) -> tuple[StepPlan, ...]:
     """The plans to capture graphs of, smallest first: ``plans`` for the steps they were made for, the sequential one
@@ -86,12 +71,14 @@ def step_plans(plans: Sequence[PipelinePlan], operations: Sequence[Operation]) -
     for size in sorted({*capacities(most), *(plan.dense_batch_size for plan in plans)}):
         sequential = sequential_plan(every, size)
         own = [plan for plan in plans if plan.dense_batch_size == size]
-        own = [plan for plan in own if plan.decode_tokens is not None or plan.streams != sequential.streams]
-        if all(plan.decode_tokens is not None for plan in own):
+        own = [plan for plan in own if plan.loads or plan.streams != sequential.streams]
+        if all(plan.loads for plan in own):
             found.append(StepPlan(sequential, every))
             if size <= SHORT:
                 found.append(_decode_only(sequential, every))
-        found += [_decode_only(p, every) if p.decode_tokens == size else StepPlan(p, every) for p in own]
+        for plan in own:
+            decodes = bool(plan.loads) and all(decode_tokens == size for decode_tokens, _ in plan.loads)
+            found.append(_decode_only(plan, every) if decodes else StepPlan(plan, every))
     return tuple(found)
 
 
@@ -106,6 +93,31 @@ def _decode_only(plan: PipelinePlan, operations: Sequence[Operation]) -> StepPla
     return StepPlan(replace(plan, streams=tuple(stream for stream in streams if stream.nano_operations)), left)
 
 
+Entry = tuple[StepPlan, Graph]
+
+
+class _Graphs:
+    """Graphs of one size: each for steps like its loads, one for any step, or none."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        loads = [(load, entry) for entry in entries for load in entry[0].plan.loads]
+        self._owners = [entry for _, entry in loads]
+        # [loads, 2] logarithms of decode tokens and of the keys that they see together
+        self._places = np.log([(tokens, tokens * keys) for (tokens, keys), _ in loads]).reshape(-1, 2)
+        self._any = next((entry for entry in entries if not entry[0].plan.loads), None)
+
+    def find(self, decode_tokens: int, keys: int) -> Entry | None:
+        """That of the load nearest to such a step, by the sum of both ratios' logarithms."""
+        if self._owners and decode_tokens:
+            apart = np.abs(self._places - np.log((decode_tokens, max(keys, 1))))
+            apart[apart.max(axis=1) > math.log(ALIKE)] = math.inf
+            distances = apart.sum(axis=1)
+            nearest = int(distances.argmin())
+            if distances[nearest] < math.inf:
+                return self._owners[nearest]
+        return self._any
+
+
 class GraphPool:
     """Graphs by the steps they serve; who made them frees them.
 
@@ -113,23 +125,22 @@ class GraphPool:
         graphs: of each of ``step_plans``.
     """
 
-    def __init__(self, graphs: Sequence[tuple[StepPlan, Graph]]) -> None:
-        by_size = groupby(graphs, key=lambda entry: entry[0].plan.dense_batch_size)
-        self._by_size = [(size, tuple(entries)) for size, entries in by_size]
+    def __init__(self, graphs: Sequence[Entry]) -> None:
+        self._by_size: list[tuple[int, _Graphs, _Graphs]] = []
+        for size, group in groupby(graphs, key=lambda entry: entry[0].plan.dense_batch_size):
+            entries = list(group)
+            general = _Graphs([entry for entry in entries if not entry[0].decode_only])
+            self._by_size.append((size, general, _Graphs([entry for entry in entries if entry[0].decode_only])))
 
-    def find(self, tokens: int, decode_tokens: int, keys: int) -> tuple[StepPlan, Graph]:
+    def find(self, tokens: int, decode_tokens: int, keys: int) -> Entry:
         """What serves a step of so many tokens, at most the dense batch size, of which so many decode and see so many
         keys together.
 
-        Of the graphs with the fewest tokens to spare: the one made for steps most like this; if there is none, one for
-        any step. A step that only decodes takes one for such steps first.
+        Of the graphs with the fewest tokens to spare: the one with the load most like this step; if none is near, the
+        one for any step. A step that only decodes takes one for such steps first.
         """
-        _, entries = self._by_size[bisect_left(self._by_size, tokens, key=lambda entry: entry[0])]
-        only_decodes = tokens == decode_tokens
-
-        def order(entry: tuple[StepPlan, Graph]) -> tuple[bool, bool, float]:
-            step, _ = entry
-            return not step.decode_only, step.plan.decode_tokens is None, step.distance(decode_tokens, keys)
-
-        able = [entry for entry in entries if only_decodes or not entry[0].decode_only]
-        return min((e for e in able if e[0].distance(decode_tokens, keys) < math.inf), key=order)
+        _, general, decoding = self._by_size[bisect_left(self._by_size, tokens, key=lambda graphs: graphs[0])]
+        found = decoding.find(decode_tokens, keys) if tokens == decode_tokens else None
+        found = found or general.find(decode_tokens, keys)
+        assert found is not None, "every size has a graph for any step"
+        return found

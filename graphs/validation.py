@@ -12,6 +12,7 @@ from nf.models.operations import Operation
 MAX_DENSE_BATCH_SIZE = 1 << 20
 MAX_NANO_BATCHES = 64  # the bounds keep a plan that someone else wrote from taking more than seconds to check
 MAX_STREAMS = 16
+MAX_LOADS = 4096
 MAX_LAG = 16
 MAX_PRIORITY = 16  # either way; a driver clamps it to the few it has
 
@@ -34,10 +35,15 @@ def _check_nano_batches(plan: PipelinePlan) -> None:
     tokens = plan.dense_batch_size
     if not 1 <= tokens <= MAX_DENSE_BATCH_SIZE:
         raise PlanError("dense_batch_size", f"must be 1 to {MAX_DENSE_BATCH_SIZE} tokens, got {tokens}")
-    if plan.decode_tokens is not None and not 0 <= plan.decode_tokens <= tokens:
-        raise PlanError("decode_tokens", f"must be 0 to {tokens}, the dense batch size, got {plan.decode_tokens}")
-    if plan.decode_context is not None and (plan.decode_context < 1 or not plan.decode_tokens):
-        raise PlanError("decode_context", "must be at least 1, and needs decode_tokens of at least 1")
+    if len(plan.loads) > MAX_LOADS:
+        raise PlanError("loads", f"must be at most {MAX_LOADS}, got {len(plan.loads)}")
+    for index, (decode_tokens, keys) in enumerate(plan.loads):
+        if not 1 <= decode_tokens <= tokens or keys < 1:
+            raise PlanError(
+                f"loads[{index}]",
+                f"must be 1 to {tokens} decode tokens, the dense batch size, and at least 1 key, "
+                f"got [{decode_tokens}, {keys}]",
+            )
     if not 1 <= len(plan.nano_batches) <= MAX_NANO_BATCHES:
         raise PlanError("nano_batches", f"must be 1 to {MAX_NANO_BATCHES} token ranges, got {len(plan.nano_batches)}")
     for index, (start, stop) in enumerate(plan.nano_batches):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,9 +229,10 @@ def _measured(
 ) -> dict[str, Any]:
     """A search's record, the fastest plan of each load stored, and one drawn."""
     from nf.graphs.plan_store import save_plans
+    from nf.planning.coverage import covering_plans
     from nf.planning.neighbours import neighbours
     from nf.planning.profile import ProfileKey
-    from nf.planning.search import bounds, candidate_of, chosen_plans, search
+    from nf.planning.search import bounds, candidate_of, search
     from nf.planning.search_record import record
 
     on, bench = where.on, where.bench
@@ -251,7 +252,10 @@ def _measured(
     result = record(found, bounds(model, profile, loads), head)
     if not args.no_store:
         folder = Path(args.store) if args.store else None
-        best = chosen_plans(found, Path(args.model).name, on.gpu)
+        best = [
+            replace(plan, model=Path(args.model).name, gpu=on.gpu)
+            for plan in covering_plans(found, model, profile, on.kv_tokens)
+        ]
         result["stored"] = [str(path) for path in save_plans(best, model.config, on.gpu, result, folder=folder)]
     if args.plot is not None:
         assert where.device is not None

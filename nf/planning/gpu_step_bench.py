@@ -21,6 +21,7 @@ from nf.kernels.compile import Artifact
 from nf.kernels.device import Device
 from nf.kernels.registry import all_sources, artifacts
 from nf.models.declaration import Model
+from nf.planning.loads import made_for
 
 PAGE_SIZE = 16
 WARM_SECONDS, RUN_SECONDS = 1.0, 2.0
@@ -104,7 +105,7 @@ class GpuStepBench:
 def plans_for(plan: PipelinePlan, loads: Sequence[Load]) -> list[PipelinePlan]:
     """``plan`` for any step, and where a load only decodes also as an engine runs it then: without what only prefill
     chunks need."""
-    found = [replace(plan, decode_tokens=None, decode_context=None)]
-    if any(load.decode_only for load in loads):
-        found.append(replace(found[0], decode_tokens=plan.dense_batch_size))
+    found = [replace(plan, loads=())]
+    if decoding := tuple(made_for(load) for load in loads if load.decode_only):
+        found.append(replace(plan, loads=decoding))
     return found

@@ -153,7 +153,7 @@ def _steps(steps: Iterable[dict[str, Any]]) -> Steps:
 
 def _plain(plan: PipelinePlan) -> PipelinePlan:
     """What of a plan decides how fast it is."""
-    return replace(plan, name="", model=None, gpu=None, decode_tokens=None, decode_context=None)
+    return replace(plan, name="", model=None, gpu=None, loads=())
 
 
 def _pair(found: Measurement) -> list[float | None]:

@@ -58,6 +58,11 @@ def fitting(load: Load, kv_tokens: int | None) -> Load:
     return load
 
 
+def made_for(load: Load) -> tuple[int, int]:
+    """The load as a plan names it: decode tokens, and the mean number of keys that each of them sees."""
+    return load.num_decode, max(1, batch_shape(load).decode_context)
+
+
 def batch_shape(load: Load) -> BatchShape:
     """A load as the planner sees it: how many rows of each kind, at which contexts on average."""
     decodes, lens = load.num_decode, load.kv_lens()

@@ -147,8 +147,7 @@ def candidates(
             ):
                 kinds.setdefault(proposal.plan, proposal.arrangement)
     for plan in more:
-        anywhere = replace(plan, decode_tokens=None, decode_context=None)  # it is measured at every load
-        kinds.setdefault(anywhere, "given")
+        kinds.setdefault(replace(plan, loads=()), "given")  # it is measured at every load
     return [
         candidate_of(plan, kind, model, profile, loads)
         for plan, kind in zip(_named_apart(list(kinds)), kinds.values(), strict=True)
@@ -256,20 +255,6 @@ def fastest(results: Sequence[Result], num_loads: int) -> list[Result]:
         best = min(range(len(results)), key=lambda index: ratios[index][load])
         found.append(results[best] if ratios[best][load] < 1 - WORTH else base)
     return found
-
-
-def chosen_plans(found: Search, model: str, gpu: str) -> list[PipelinePlan]:
-    """The fastest plans, each with what it is for: the step of its load."""
-    return [
-        replace(
-            result.candidate.plan,
-            model=model,
-            gpu=gpu,
-            decode_tokens=load.num_decode,
-            decode_context=batch_shape(load).decode_context,
-        )
-        for load, result in zip(found.loads, found.best, strict=True)
-    ]
 
 
 def _mean(a: Measurement, b: Measurement) -> Measurement:

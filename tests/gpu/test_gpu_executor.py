@@ -137,8 +137,8 @@ def test_every_step_takes_a_plan_that_can_run_it() -> None:
     full, few = partitioned_plan(MODEL, DENSE), partitioned_plan(MODEL, 8)
     chosen = [
         sequential_plan(MODEL.operations, DENSE),
-        dataclasses.replace(full, decode_tokens=4),
-        dataclasses.replace(few, decode_tokens=8),
+        dataclasses.replace(full, loads=((4, 29),)),
+        dataclasses.replace(few, loads=((8, 30),)),
     ]
     ids = {slot: ids[:length] for (slot, ids), length in zip(random_ids(6).items(), LENGTHS, strict=True)}
     decoding, prompts = list(ids)[:4], list(ids)[4:]

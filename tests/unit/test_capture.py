@@ -218,7 +218,7 @@ def test_every_batch_has_a_graph_of_at_most_twice_its_size(size: int) -> None:
 @pytest.mark.parametrize("operations", [LLAMA, MIXTRAL], ids=["llama", "mixtral"])
 def test_steps_that_only_decode_run_all_operations_but_those_of_prefill_chunks(operations: Sequence[Operation]) -> None:
     nano = load_plan("nano-batch", operations, 1024)
-    plans = step_plans([nano, replace(nano, decode_tokens=1024)], operations)
+    plans = step_plans([nano, replace(nano, loads=((1024, 9),))], operations)
     names = {operation.name for operation in operations}
     assert [step.decode_only for step in plans if step.plan.name == "nano-batch"] == [False, True]
     for step in plans:
@@ -236,12 +236,12 @@ def stored(draw: st.DrawFn) -> list[PipelinePlan]:
     sizes = draw(st.lists(st.integers(2, most) | st.just(most), max_size=3, unique=True))
     found = [sequential_plan(LLAMA, most)]
     for size in sizes:
-        numbers = draw(st.lists(st.integers(0, size) | st.just(size), min_size=1, max_size=3, unique=True))
+        numbers = draw(st.lists(st.integers(1, size) | st.just(size), min_size=1, max_size=3, unique=True))
         for number in numbers:
             make = draw(st.sampled_from([sequential_plan, nano_batch_plan]))
-            context = draw(st.none() | st.integers(1, 3000)) if number else None
+            loads = [(number, draw(st.integers(1, 3000))) for _ in range(draw(st.integers(1, 3)))]
             name = f"{size}, {number}"
-            found.append(replace(make(LLAMA, size), name=name, decode_tokens=number, decode_context=context))
+            found.append(replace(make(LLAMA, size), name=name, loads=tuple(loads)))
     return found
 
 
@@ -261,21 +261,21 @@ def test_a_step_takes_the_plan_made_for_steps_most_like_it(plans: list[PipelineP
         assert only_decodes or not step.decode_only
 
         def unlike(plan: PipelinePlan, decodes: int = decodes, keys: int = keys) -> float:
-            own, context = plan.decode_tokens or 0, plan.decode_context
-            pairs = [(decodes, own), *([(keys, own * context)] if context else [])]
-            if not decodes or not own:
-                return 0.0 if decodes == own else math.inf
-            factors = [max(a / b, b / a) for a, b in pairs]
-            return math.prod(factors) if max(factors) <= ALIKE else math.inf
+            def apart(own: int, context: int) -> float:
+                pairs = (decodes, own), (keys, own * context)
+                factors = [max(a / b, b / a) for a, b in pairs] if decodes else [math.inf]
+                return math.prod(factors) if max(factors) <= ALIKE else math.inf
+
+            return min(apart(*load) for load in plan.loads)
 
         made = [plan for plan in plans[1:] if plan.dense_batch_size == size and unlike(plan) < math.inf]
-        whole = [plan for plan in made if plan.decode_tokens == size]
-        able = whole if only_decodes and (whole or size <= SHORT) else [p for p in made if p.decode_tokens != size]
+        whole = [plan for plan in made if plan.loads[0][0] == size]
+        able = whole if only_decodes and (whole or size <= SHORT) else [p for p in made if p.loads[0][0] != size]
         if able:
             assert unlike(step.plan) == pytest.approx(min(map(unlike, able)))
-            assert step.plan.decode_tokens is not None
+            assert step.plan in [replace(plan, streams=step.plan.streams) for plan in able]
         else:
-            assert (step.plan.name, step.plan.decode_tokens) == ("sequential", None)
+            assert (step.plan.name, step.plan.loads) == ("sequential", ())
         if only_decodes and size <= SHORT:
             assert step.decode_only
 
@@ -293,19 +293,19 @@ def test_a_plan_for_any_step_serves_every_step_of_its_size(size: int, data: st.D
 
 
 def test_a_stored_plan_for_fewer_tokens_makes_a_graph_of_its_own() -> None:
-    own = replace(nano_batch_plan(LLAMA, 1000), decode_tokens=300)
+    own = replace(nano_batch_plan(LLAMA, 1000), loads=((300, 100),))
     pool = pool_of([sequential_plan(LLAMA, 2048), own])
     for decodes, name in ((300, "nano-batch"), (215, "nano-batch"), (419, "nano-batch"), (213, None), (421, None)):
-        assert pool.find(1000, decodes, 0)[0].plan.name == (name or "sequential")
-    assert pool.find(897, 300, 0)[0].plan == own
+        assert pool.find(1000, decodes, 100 * decodes)[0].plan.name == (name or "sequential")
+    assert pool.find(897, 300, 30000)[0].plan == own
     for tokens in (896, 1001):  # of other sizes
-        step, _ = pool.find(tokens, 300, 0)
+        step, _ = pool.find(tokens, 300, 30000)
         assert (step.plan.name, step.plan.dense_batch_size - tokens) == ("sequential", 0 if tokens == 896 else 23)
 
 
 def test_how_much_there_is_to_read_counts_as_well_as_for_how_many() -> None:
     """Many short sequences are not like as many long ones: their attention is over before what it should lie beside."""
-    own = replace(nano_batch_plan(LLAMA, 2048), decode_tokens=700, decode_context=1000)
+    own = replace(nano_batch_plan(LLAMA, 2048), loads=((700, 1000),))
     pool = pool_of([sequential_plan(LLAMA, 2048), own])
     for context, name in ((1000, "nano-batch"), (720, "nano-batch"), (1390, "nano-batch"), (700, None), (1500, None)):
         assert pool.find(2048, 700, 700 * context)[0].plan.name == (name or "sequential")
@@ -314,13 +314,15 @@ def test_how_much_there_is_to_read_counts_as_well_as_for_how_many() -> None:
 
 
 def test_a_sequential_plan_stored_for_some_decode_tokens_holds_others_off() -> None:
-    nano = replace(nano_batch_plan(LLAMA, 2048), decode_tokens=600)
+    nano = replace(nano_batch_plan(LLAMA, 2048), loads=((200, 100), (600, 100)))
     without = pool_of([sequential_plan(LLAMA, 2048), nano])
-    assert without.find(2048, 750, 0)[0].plan == nano
-    sequential = replace(sequential_plan(LLAMA, 2048), decode_tokens=800)
+    assert without.find(2048, 750, 75000)[0].plan == nano
+    assert without.find(2048, 180, 18000)[0].plan == nano
+    assert without.find(2048, 350, 35000)[0].plan.name == "sequential"  # between its loads, and near none
+    sequential = replace(sequential_plan(LLAMA, 2048), loads=((800, 100),))
     beside = pool_of([sequential_plan(LLAMA, 2048), nano, sequential])
-    assert beside.find(2048, 750, 0)[0].plan == sequential
-    assert beside.find(2048, 650, 0)[0].plan == nano
+    assert beside.find(2048, 750, 75000)[0].plan == sequential
+    assert beside.find(2048, 650, 65000)[0].plan == nano
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
@@ -334,8 +336,8 @@ def test_few_sequences_that_decode_run_without_prefill_attention(tokens: int) ->
 def test_what_a_search_measured_for_steps_that_only_decode_runs_them() -> None:
     """Also where a short step has a sequential graph without prefill attention by default."""
     for size in (256, 640):
-        nano = replace(nano_batch_plan(LLAMA, size), decode_tokens=size)
+        nano = replace(nano_batch_plan(LLAMA, size), loads=((size, 100),))
         pool = pool_of([sequential_plan(LLAMA, 2048), nano])
-        step, _ = pool.find(size, size, 0)
+        step, _ = pool.find(size, size, 100 * size)
         assert (step.plan.name, step.decode_only) == ("nano-batch", True)
         assert pool.find(size, size - 1, 0)[0].plan.name == "sequential"

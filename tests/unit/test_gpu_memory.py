@@ -115,7 +115,7 @@ def test_no_more_is_taken_than_loading_leaves(monkeypatch: pytest.MonkeyPatch, n
     if len(chosen) > 1:  # as an engine takes them from the store
         nano = BUILT_IN["nano-batch"]
         chosen += [
-            replace(nano(model.operations, n), decode_tokens=d) for n, d in ((2048, 682), (2048, 2048), (640, 640))
+            replace(nano(model.operations, n), loads=((d, 9),)) for n, d in ((2048, 682), (2048, 2048), (640, 640))
         ]
     with ExitStack() as undo:
         make(model, chosen, Sizes(2048, seqs, length, 16), undo, num_host_pages=2000)

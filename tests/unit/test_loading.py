@@ -203,7 +203,7 @@ def test_partitions_that_the_gpu_cannot_give_are_refused_before_weights_are_read
         load(small_shape, random_weights=True, plan=str(tmp_path / "plan.json"))
     assert the_gpu.calls == []
     monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
-    save_plans([replace(plan, decode_tokens=682)], SMALL, "NVIDIA H200", {})  # found, not chosen: it is passed over
+    save_plans([replace(plan, loads=((682, 9),))], SMALL, "NVIDIA H200", {})  # found, not chosen: it is passed over
     monkeypatch.setattr(partition, "partitions", lambda counts, device: counts and give(counts, device))
     assert load(small_shape, random_weights=True).config.plan == "sequential"
 
@@ -258,7 +258,7 @@ def test_the_fastest_known_plans_are_taken_unless_another_is_named(
     operations = declare(SMALL).operations
     stored = {}
     for size, number in ((2048, 682), (2048, 2048), (640, 640), (4096, 1365)):
-        stored[size, number] = replace(nano_batch_plan(operations, size), decode_tokens=number, name=f"{size}-{number}")
+        stored[size, number] = replace(nano_batch_plan(operations, size), loads=((number, 9),), name=f"{size}-{number}")
     for size in (2048, 640, 4096):
         save_plans([plan for (tokens, _), plan in stored.items() if tokens == size], SMALL, "NVIDIA H200", {})
     sequential = sequential_plan(operations, 2048)
@@ -280,7 +280,7 @@ def test_plans_of_the_same_name_are_named_once(
     monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
     operations = declare(SMALL).operations
     makes = (sequential_plan, 300), (nano_batch_plan, 682), (nano_batch_plan, 1400)
-    plans = [replace(make(operations, 2048), decode_tokens=number) for make, number in makes]
+    plans = [replace(make(operations, 2048), loads=((number, 9),)) for make, number in makes]
     save_plans(plans, SMALL, "NVIDIA H200", {})
     loaded: Any = load(small_shape, random_weights=True)
     assert loaded.config.plan == "sequential; nano-batch"

@@ -43,8 +43,7 @@ documents = st.builds(
     ).map(tuple),
     model=st.none() | names,
     gpu=st.none() | names,
-    decode_tokens=st.none() | st.integers(),
-    decode_context=st.none() | st.integers(),
+    loads=st.lists(st.tuples(st.integers(), st.integers()), max_size=3).map(tuple),
 )
 
 
@@ -80,12 +79,10 @@ def test_what_may_be_left_out_takes_its_default() -> None:
     text = """{"version": 1, "name": "p", "dense_batch_size": 8, "nano_batches": [[0, 8]],
                "streams": [{"name": "s", "nano_operations": [{"operation": "o_proj", "nano_batch": 0}]}]}"""
     stream = Stream("s", (NanoOperation("o_proj", 0, lag=0),), sms="all", priority=0)
-    assert PipelinePlan.from_json(text) == PipelinePlan(
-        "p", 8, ((0, 8),), (stream,), model=None, gpu=None, decode_tokens=None, decode_context=None
-    )
+    assert PipelinePlan.from_json(text) == PipelinePlan("p", 8, ((0, 8),), (stream,), model=None, gpu=None, loads=())
 
 
-KNOWN = "version, name, dense_batch_size, nano_batches, streams, model, gpu, decode_tokens, decode_context"
+KNOWN = "version, name, dense_batch_size, nano_batches, streams, model, gpu, loads"
 WRONG: list[tuple[Any, str]] = [
     ([], "plan: must be a JSON object, got a list"),
     (document(version=None), "version: the field is missing; it must be given"),
@@ -106,10 +103,10 @@ WRONG: list[tuple[Any, str]] = [
     (document(colour="red"), f"colour: the field is unknown; known are {KNOWN}"),
     (document(**{"a\nb": 1}), rf'"a\nb": the field is unknown; known are {KNOWN}'),
     (document(gpu=4), "gpu: must be a string of printable characters, got 4"),
-    (document(decode_tokens="682"), 'decode_tokens: must be an integer, got "682"'),
-    (document(decode_context=6.5), "decode_context: must be an integer, got 6.5"),
-    (document(decode_tokens=6.5), "decode_tokens: must be an integer, got 6.5"),
-    (document(decode_tokens=True), "decode_tokens: must be an integer, got true"),
+    (document(loads=682), "loads: must be a list, got 682"),
+    (document(loads=[682]), "loads[0]: must be [decode tokens, keys], got 682"),
+    (document(loads=[[1, 2], [682, 6.5]]), "loads[1][1]: must be an integer, got 6.5"),
+    (document(loads=[[True, 5]]), "loads[0][0]: must be an integer, got true"),
     (document(streams=[7]), "streams[0]: must be a JSON object, got 7"),
     (with_stream(sms="half"), 'streams[0].sms: must be a number of SMs or "all", got half'),
     (with_stream(sms=False), 'streams[0].sms: must be a number of SMs or "all", got false'),

@@ -19,7 +19,7 @@ from nf.models.shapes import SHAPES
 
 CONFIG = ModelConfig("LlamaForCausalLM", 64, 32, 64, 2, 4, 2, 8, 1e-5, 64)
 MODEL = declare(CONFIG)
-NANO = replace(nano_batch_plan(MODEL.operations, 256), decode_tokens=80)
+NANO = replace(nano_batch_plan(MODEL.operations, 256), loads=((80, 900), (60, 700)))
 GPU = "NVIDIA H200"
 
 
@@ -32,13 +32,14 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plan(size: int, decode_tokens: int | None, name: str = "nano-batch") -> PipelinePlan:
-    return replace(nano_batch_plan(MODEL.operations, size), decode_tokens=decode_tokens, name=name)
+    loads = ((decode_tokens, 900),) if decode_tokens else ()
+    return replace(nano_batch_plan(MODEL.operations, size), loads=loads, name=name)
 
 
 def found(dense_batch_size: int = 256, **options: int) -> dict[tuple[int, int | None], str]:
     """What an engine finds: names of plans by what they are for."""
     stored = find_plans(MODEL, GPU, dense_batch_size, **options)  # type: ignore[arg-type]
-    names = {(each.plan.dense_batch_size, each.plan.decode_tokens): each.plan.name for each in stored}
+    names = {(each.plan.dense_batch_size, next(iter(each.plan.loads), (None,))[0]): each.plan.name for each in stored}
     assert len(names) == len(stored)
     return names
 
@@ -46,7 +47,7 @@ def found(dense_batch_size: int = 256, **options: int) -> dict[tuple[int, int | 
 def test_what_is_saved_is_found_for_that_shape_gpu_and_batch_alone() -> None:
     decoding = plan(256, 256)
     paths = save_plans([NANO, decoding], CONFIG, GPU, {"seconds": 0.5})
-    assert [path.name.rpartition("-b")[2] for path in paths] == ["256-d80.json", "256-d256.json"]
+    assert [path.name.rpartition("-b")[2] for path in paths] == ["256-d80x900.json", "256-d256x900.json"]
     assert all(path.is_relative_to(user_folder()) for path in paths)
     stored = find_plans(MODEL, GPU, 256)
     assert {each.path: each.plan for each in stored} == dict(zip(paths, (NANO, decoding), strict=True))
@@ -78,7 +79,7 @@ def test_the_users_plans_replace_those_that_ship_of_the_same_size(folders: Path)
 
 def test_saving_removes_what_was_saved_for_that_size_before() -> None:
     (old,) = save_plans([plan(256, 80)], CONFIG, GPU, {})
-    undivided = old.with_name(old.name.replace("-d80", ""))
+    undivided = old.with_name(old.name.replace("-d80x900", ""))
     undivided.write_text(plan(256, None).to_json())
     save_plans([plan(2560, 80)], CONFIG, GPU, {})
     save_plans([plan(25, 8)], CONFIG, GPU, {})
@@ -89,8 +90,8 @@ def test_saving_removes_what_was_saved_for_that_size_before() -> None:
     assert not undivided.exists()
     names = sorted(path.name.rpartition("-b")[2] for path in old.parent.iterdir())
     assert [name for name in names if name.startswith("256-") or name.startswith("256.")] == [
-        "256-d10.json",
-        "256-d20.json",
+        "256-d10x900.json",
+        "256-d20x900.json",
         "256.measured.json",
     ]
 
@@ -103,9 +104,9 @@ def test_a_stored_plan_that_cannot_be_used_is_passed_over(folders: Path, caplog:
         load_plan(broken, MODEL.operations)
     assert found() == {(256, 160): "nano-batch"}
     assert str(broken) in caplog.text
-    other.write_text(other.read_text().replace('"decode_tokens": 160', '"decode_tokens": 257'))
+    other.write_text(other.read_text().replace('"loads": [[160, 900]]', '"loads": [[257, 900]]'))
     assert found() == {(256, 80): "ships"}  # none of the user's is left
-    assert "decode_tokens: must be 0 to 256" in caplog.text
+    assert "loads[0]: must be 1 to 256 decode tokens" in caplog.text
     split = replace(NANO, streams=tuple(replace(s, sms=66) for s in NANO.streams))
     save_plans([split], CONFIG, GPU, {}, folder=folders / "built-in")
     assert found(gpu_sms=64) == {}
@@ -137,8 +138,8 @@ def test_every_plan_that_ships_is_found_for_the_shape_it_is_stored_for(
         gpu, (beginning, _, numbers) = path.parent.name, path.stem.rpartition("-b")
         fitting = [c for c in SHAPES.values() if plan_store.prefix(c, gpu) == f"{gpu}/{beginning}-b"]
         assert fitting, path
-        size, _, decode_tokens = numbers.partition("-d")
+        size, _, load = numbers.partition("-d")
         stored = find_plans(declare(fitting[0]), gpu, int(size), folder=tmp_path, gpu_sms=132)
         (own,) = (each.plan for each in stored if each.path == path)
         assert own.dense_batch_size == int(size)
-        assert own.decode_tokens == (int(decode_tokens) if decode_tokens else None)
+        assert "{}x{}".format(*own.loads[0]) == load

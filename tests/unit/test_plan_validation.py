@@ -75,14 +75,21 @@ def swapped(plan: PipelinePlan) -> PipelinePlan:
     return with_stream(0, nano_operations=(a, b, d, c, *rest))(plan)
 
 
-CONTEXT = "decode_context: must be at least 1, and needs decode_tokens of at least 1"
 WRONG: list[tuple[Change, str]] = [
     (lambda plan: replace(plan, dense_batch_size=0), "dense_batch_size: must be 1 to 1048576 tokens, got 0"),
-    (lambda plan: replace(plan, decode_tokens=-1), "decode_tokens: must be 0 to 256, the dense batch size, got -1"),
-    (lambda plan: replace(plan, decode_context=100), CONTEXT),
-    (lambda plan: replace(plan, decode_context=100, decode_tokens=0), CONTEXT),
-    (lambda plan: replace(plan, decode_context=0, decode_tokens=5), CONTEXT),
-    (lambda plan: replace(plan, decode_tokens=257), "decode_tokens: must be 0 to 256, the dense batch size, got 257"),
+    (
+        lambda plan: replace(plan, loads=((5, 9), (0, 9))),
+        "loads[1]: must be 1 to 256 decode tokens, the dense batch size, and at least 1 key, got [0, 9]",
+    ),
+    (
+        lambda plan: replace(plan, loads=((257, 9),)),
+        "loads[0]: must be 1 to 256 decode tokens, the dense batch size, and at least 1 key, got [257, 9]",
+    ),
+    (
+        lambda plan: replace(plan, loads=((5, 0),)),
+        "loads[0]: must be 1 to 256 decode tokens, the dense batch size, and at least 1 key, got [5, 0]",
+    ),
+    (lambda plan: replace(plan, loads=((5, 9),) * 4097), "loads: must be at most 4096, got 4097"),
     (with_ranges(), "nano_batches: must be 1 to 64 token ranges, got 0"),
     (
         with_ranges((0, 128), (128, 128)),
@@ -164,8 +171,7 @@ def test_a_wrong_plan_is_refused_with_one_sentence(change: Change, sentence: str
 def test_the_unchanged_plan_is_valid() -> None:
     validate(PLAN, LLAMA, gpu_sms=132)
     validate(PLAN, LLAMA)
-    for decode_tokens in (0, 256):
-        validate(replace(PLAN, decode_tokens=decode_tokens), LLAMA)
+    validate(replace(PLAN, loads=((1, 1), (256, 9))), LLAMA)
 
 
 def test_partitions_are_disjoint_and_a_stream_of_all_sms_takes_none() -> None:

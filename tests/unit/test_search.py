@@ -20,9 +20,10 @@ from nf.graphs.plan_store import find_plans, save_plans
 from nf.graphs.pool import GraphPool, step_plans
 from nf.kernels.device import DeviceMemoryError
 from nf.models.operations import Rows
+from nf.planning.coverage import AS_MEASURED, covering_plans
 from nf.planning.gpu_step_bench import plans_for
-from nf.planning.loads import batch_shape, loads
-from nf.planning.nano_layer import profiled_costs
+from nf.planning.loads import batch_shape, loads, made_for
+from nf.planning.nano_layer import BatchShape, profiled_costs
 from nf.planning.neighbours import neighbours
 from nf.planning.predict import of_plan, rounds_of
 from nf.planning.profiling import ENDS
@@ -35,7 +36,6 @@ from nf.planning.search import (
     baselines,
     bounds,
     candidates,
-    chosen_plans,
     partitioned,
     search,
 )
@@ -90,10 +90,9 @@ def test_the_fastest_plan_wins_is_kept_and_found(tmp_path: Path, monkeypatch: py
     assert [(load["chosen"], load["speed_up"]) for load in result["loads"]] == [("nano-batch", pytest.approx(1 / 0.9))]
     json.dumps(result, allow_nan=False)
     monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
-    save_plans(chosen_plans(found, "llama-3-8b", "NVIDIA H200"), MODEL.config, "NVIDIA H200", result)
+    save_plans(covering_plans(found, MODEL, None, 1), MODEL.config, "NVIDIA H200", result)
     (stored,) = (s.plan for s in find_plans(MODEL, "NVIDIA H200", 2048, gpu_sms=SMS) if s.path.is_relative_to(tmp_path))
-    made_for = {"decode_tokens": LOAD.num_decode, "decode_context": batch_shape(LOAD).decode_context}
-    assert stored == replace(nano_batch_plan(OPERATIONS, 2048), model="llama-3-8b", gpu="NVIDIA H200", **made_for)
+    assert stored == replace(nano_batch_plan(OPERATIONS, 2048), loads=(made_for(LOAD),))
 
 
 @pytest.mark.parametrize("gain", [0.0, WORTH / 2, -0.1])
@@ -130,8 +129,8 @@ def test_each_load_has_a_winner_of_its_own() -> None:
 def test_what_is_stored_runs_the_steps_that_it_won() -> None:
     """From the search to the engine: sequential where it was the fastest, the others around their loads."""
     found = search(without_profile(MIXES), MIXES, TableBench(by_load))
-    chosen = chosen_plans(found, "llama-3-8b", "NVIDIA H200")
-    assert [plan.decode_tokens for plan in chosen] == [load.num_decode for load in MIXES]
+    chosen = covering_plans(found, MODEL, None, 1)
+    assert [plan.loads for plan in chosen] == [(made_for(load),) for load in MIXES]
     for plan in chosen:
         validate(plan, OPERATIONS, gpu_sms=SMS)
     steps = step_plans([sequential_plan(OPERATIONS, 4096), *chosen], OPERATIONS)
@@ -140,6 +139,35 @@ def test_what_is_stored_runs_the_steps_that_it_won() -> None:
         for decode_tokens in range(load.num_decode - 100, load.num_decode + 100, 20):
             step, _ = pool.find(2048, decode_tokens, decode_tokens * batch_shape(load).decode_context)
             assert (step.plan.name, step.plan.dense_batch_size) == (name, 2048)
+
+
+def test_between_the_loads_the_profile_says_which_plan_is_for_a_step() -> None:
+    """Every step of the grid has one; at a measured load it is the one that won, elsewhere the one predicted to."""
+    profile = formula_profile(bench=FormulaBench(kept=0.99, speed=0.97))
+    found = search(without_profile(MIXES), MIXES, TableBench(by_load))
+    plans = covering_plans(found, MODEL, profile, 400_000)
+    assert {plan.name for plan in plans} == set(names(found))
+    owners = {load: plan for plan in plans for load in plan.loads}
+    assert len(owners) == sum(len(plan.loads) for plan in plans) > 100
+    for plan in plans:
+        validate(plan, OPERATIONS, gpu_sms=SMS)
+    by_name = {result.candidate.plan.name: result.candidate.plan for result in found.best}
+    for (tokens, keys), owner in owners.items():
+        assert tokens * keys <= 400_000 or (tokens, keys) in map(made_for, MIXES)
+        near = [
+            name
+            for load, name in zip(MIXES, names(found), strict=True)
+            for own, context in [made_for(load)]
+            if max(abs(math.log(tokens / own)), abs(math.log(tokens * keys / own / context))) <= math.log(AS_MEASURED)
+        ]
+        shape = BatchShape(2048, tokens, keys, max(1, keys // 2))
+        times = {name: of_plan(plan, MODEL, profile, shape) for name, plan in by_name.items()}
+        seconds = {name: time.seconds for name, time in times.items() if time is not None}
+        fastest = min(seconds, key=lambda name: seconds[name])
+        assert owner.name in (near or [fastest, "sequential"])
+        if not near and owner.name == "sequential":
+            assert seconds[fastest] > seconds["sequential"] * 0.98
+    assert [plan.loads for plan in covering_plans(found, MODEL, None, 400_000)] == [(made_for(m),) for m in MIXES]
 
 
 def test_a_plan_that_won_no_load_may_win_one_by_the_second_measurement() -> None:
@@ -230,9 +258,9 @@ def test_a_gain_that_cannot_be_measured_again_is_none() -> None:
 
 
 def test_a_stored_plan_is_measured_again_at_every_load() -> None:
-    mine = replace(nano_batch_plan(OPERATIONS, 2048), name="mine", model="m", decode_tokens=682)
+    mine = replace(nano_batch_plan(OPERATIONS, 2048), name="mine", model="m", loads=((682, 9),))
     asked = candidates(MODEL, None, MIXES, SMS, more=[mine])
-    assert asked[-1].plan == replace(mine, decode_tokens=None)
+    assert asked[-1].plan == replace(mine, loads=())
 
 
 def out_of_memory(plan: PipelinePlan, _: Load) -> float:
@@ -370,7 +398,7 @@ def test_candidates_for_steps_that_only_decode() -> None:
         (predicted,) = candidate.predicted
         assert predicted is not None
         assert bound * (1 - 1e-9) <= predicted.seconds < 3 * sequential.seconds
-    left = [step_plans([replace(c.plan, decode_tokens=640)], OPERATIONS)[-1] for c in found]
+    left = [step_plans([replace(c.plan, loads=((640, 9),))], OPERATIONS)[-1] for c in found]
     assert all(step.decode_only for step in left)
     assert len({(step.plan.nano_batches, step.plan.streams) for step in left}) == len(left)
 
@@ -379,7 +407,7 @@ def test_a_plan_is_measured_as_an_engine_would_run_it() -> None:
     """Itself at every load, and without what only prefill chunks need where none come."""
     mixes = loads(640, 1024, 512, [0.2, 0.9, 1.0])
     for plan, kind in baselines(MODEL, 640, SMS):
-        for given in (plan, replace(plan, decode_tokens=600)):
+        for given in (plan, replace(plan, loads=((600, 9),))):
             for some in (mixes, mixes[:2], mixes[2:]):
                 steps = step_plans(plans_for(given, some), OPERATIONS)
                 pool = GraphPool([(step, step) for step in steps])  # type: ignore[misc]
