@@ -8,6 +8,7 @@ beside them.
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -115,13 +116,13 @@ def save_plans(
     for path, plan in files.items():
         _write(path, plan.to_json())
     for path in {*_files(place, name), *_files(place, f"{name}-d*")} - files.keys():
-        path.unlink()
+        path.unlink(missing_ok=True)  # another search may have been faster
     return list(files)
 
 
 def _files(place: Path, pattern: str) -> list[Path]:
     """Plan files of a folder; none where one may not look."""
-    found = place.glob(f"{pattern}.json")
+    found = (place / name for name in glob.glob(f"{pattern}.json", root_dir=place))  # Path.glob raises there
     return sorted(path for path in found if not path.name.endswith(MEASURED_SUFFIX) and os.path.isfile(path))
 
 

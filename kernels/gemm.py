@@ -208,7 +208,8 @@ def choose(n: int, k: int, rows: int, sms: int, epilogue: Epilogue = "none", out
 
 def prefer(n: int, k: int, rows: int, sms: int, choice: GemmChoice) -> None:
     """Let ``choose`` take this from now on, as if the table said so; for tuning."""
-    _table()[n, k, sms, rows] = choice
+    tabulated = rows if rows <= 128 else -(-rows // 128) * 128  # what ``choose`` prefers of a block
+    _table()[n, k, sms, tabulated] = choice
 
 
 def cost(config: GemmConfig, n: int, k: int, rows: int, sms: int) -> float:

@@ -24,9 +24,10 @@ from tune_gemm import GROUPS, new_record, shortlist
 from nf.bench.gemm_cases import MODELS
 from nf.bench.steady_step import Load
 from nf.cli.parser import CommandParser
-from nf.errors import NfError
-from nf.graphs.pipeline_plan import PipelinePlan
+from nf.errors import InputError, NfError
+from nf.graphs.plan import PipelinePlan, load_plan
 from nf.kernels.gemm import Epilogue, GemmChoice, choose, configurations, prefer
+from nf.models.shapes import SHAPES, shape
 
 EPILOGUES: dict[str, Epilogue] = {"gate_up": "swiglu", "down": "residual", "qkv": "none", "o": "residual"}
 """As a layer runs them, the longest first."""
@@ -82,12 +83,13 @@ def descend(model: str, plan: PipelinePlan, step: Callable[[], float], count: in
 def measure(args: argparse.Namespace) -> None:
     from nf.kernels.device import Device
     from nf.models.registry import declare
-    from nf.models.shapes import shape
     from nf.planning.gpu_step_bench import GpuStepBench
 
-    record = new_record(note="seconds of a whole step")
     model = declare(shape(args.model))
-    plan = PipelinePlan.from_json(args.plan.read_text(encoding="utf-8"))
+    plan = load_plan(args.plan, model.operations)
+    if not places(plan):
+        raise InputError(str(args.plan), "has no GEMM on a partition, so there is nothing to tune")
+    record = new_record(note="seconds of a whole step")
     bench = GpuStepBench(model, Device(), quick=True)
     loads = [Load(plan.dense_batch_size, args.input_len, args.output_len)]
     end = time.monotonic() + args.seconds
@@ -100,7 +102,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=sorted(MODELS.keys() & SHAPES.keys()))
     parser.add_argument("--plan", type=Path, required=True, help="with GEMMs on a partition")
     parser.add_argument("--input-len", type=int, default=1024)
     parser.add_argument("--output-len", type=int, default=512)

@@ -17,7 +17,9 @@ def neighbours(plan: PipelinePlan) -> Iterator[PipelinePlan]:
     sms = {stream.name: stream.sms for stream in plan.streams if stream.sms != "all"}
     compute = sms.pop(COMPUTE, None)
     cut = plan.nano_batches[0][1]
-    if compute is None or len(plan.streams) != 2 or plan.nano_batches != ((0, cut), (cut, plan.dense_batch_size)):
+    if compute is None or len(sms) != 1 or len(plan.streams) != 2:
+        return
+    if plan.nano_batches != ((0, cut), (cut, plan.dense_batch_size)):
         return
     (memory,) = sms.values()
     for more in (-SM_STEP, SM_STEP):

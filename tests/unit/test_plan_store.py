@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,6 +122,24 @@ def test_a_store_that_is_not_there_or_is_no_folder_has_no_plans(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path / "file"))
     assert found() == {}
+
+
+def test_a_store_where_one_may_not_look_has_no_plans(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_plans([plan(256, 80, "ships")], CONFIG, GPU, {}, folder=folders / "built-in")
+    save_plans([plan(256, 80, "mine")], CONFIG, GPU, {})
+    assert found() == {(256, 80): "mine"}
+
+    def refusing(call: Any) -> Any:
+        def refuse(path: Any, *args: Any, **options: Any) -> Any:
+            if isinstance(path, str | os.PathLike) and Path(path).is_relative_to(user_folder()):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *args, **options)
+
+        return refuse
+
+    for name in ("stat", "lstat", "scandir"):  # root may look everywhere
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    assert found() == {(256, 80): "ships"}
 
 
 def test_no_two_known_shapes_share_a_file() -> None:

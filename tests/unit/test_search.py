@@ -15,6 +15,7 @@ from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
 from nf.cli.plan_search_table import table
 from nf.errors import InputError, PlanError
+from nf.graphs.pipeline_plan import Stream
 from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan, validate
 from nf.graphs.plan_store import find_plans, save_plans
 from nf.graphs.pool import GraphPool, step_plans
@@ -211,7 +212,13 @@ def test_neighbours_are_a_step_away_and_valid() -> None:
     assert len({plan.name for plan in near}) == 4
     at_the_end = {(plan.streams[1].sms, plan.nano_batches[0][1]) for plan in neighbours(cut_plan(8, 1900))}
     assert at_the_end == {(16, 1900), (8, 1644)}
-    for plan in (sequential_plan(OPERATIONS, 2048), nano_batch_plan(OPERATIONS, 2048)):
+    compute, memory = cut_plan(24, 512).streams
+    others = (replace(compute, nano_operations=compute.nano_operations[:-1]), memory)
+    third = Stream("third", compute.nano_operations[-1:], sms=8)
+    half = replace(cut_plan(24, 512), streams=(compute, replace(memory, sms="all")))
+    three = replace(cut_plan(24, 512), streams=(*others, third))
+    whole = replace(cut_plan(24, 512), nano_batches=((0, 2048),))
+    for plan in (sequential_plan(OPERATIONS, 2048), nano_batch_plan(OPERATIONS, 2048), half, three, whole):
         assert list(neighbours(plan)) == []
 
 
@@ -234,6 +241,21 @@ def test_what_is_close_to_a_winner_is_measured_as_well() -> None:
     none = TableBench(lambda *_: 1.0)
     search(without_profile(), [LOAD], none, vary=vary)
     assert len(none.measured) == 4
+
+
+def test_a_neighbour_that_was_measured_already_is_not_measured_again() -> None:
+    wanted = [*without_profile(), Candidate(cut_plan(16, 1024), "given", (None,))]
+    known = len(wanted)
+
+    def vary(plan: PipelinePlan) -> list[Candidate]:
+        near = [*neighbours(plan), *neighbours(plan)]
+        return [Candidate(each, "neighbour", (None,)) for each in near]
+
+    def seconds(plan: PipelinePlan, _: Load) -> float:
+        return 0.9 if plan.nano_batches[0][1] == 1024 and plan.streams[-1].sms == 24 else 1.0
+
+    found = search(wanted, [LOAD], TableBench(seconds), vary=vary)
+    assert len(found.results) == known + 3  # two other cuts and 32 SMs; 16 SMs were given
 
 
 def test_a_gain_that_does_not_come_again_is_none() -> None:

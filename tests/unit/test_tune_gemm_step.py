@@ -51,3 +51,39 @@ def test_what_makes_the_step_clearly_faster_stays(script: Any) -> None:
     assert points[0]["times"][0] == [options[0].config.label, options[0].group, 1]
     assert gemm.choose(n, k, 1536, 108, "swiglu") == options[1]
     assert all(point["times"][0][2] == pytest.approx(0.95) for point in points[1:])
+
+
+@pytest.mark.parametrize("rows", [40, 128, 1450, 1536])
+def test_a_preferred_choice_is_taken_whatever_else_the_block_has(script: Any, rows: int) -> None:
+    n, k = MODELS["llama-3-8b"]["down"]
+    for other in script.candidates("down", n, k, rows, 108, 4):
+        gemm.prefer(n, k, rows, 108, other)
+        assert gemm.choose(n, k, rows, 108, "residual") == other
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (sequential_plan(MODEL.operations, 2048).to_json(), "has no GEMM on a partition"),
+        (cut_plan().to_json().replace("[0, 512]", "[0, 500]"), "covers tokens [500, 512)"),
+        ("{", "plan.json"),
+    ],
+)
+def test_a_plan_that_cannot_be_tuned_is_refused_before_the_gpu_is_used(
+    script: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    message: str,
+) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    arguments = ["tune_gemm_step", "llama-3-8b", "--plan", str(file), "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert str(file) in told
+    assert message in told
