@@ -177,14 +177,14 @@ class GpuBackend:
         return replace(config, num_pages=num_pages, num_host_pages=num_host_pages)
 
     def stored_plans(self, model: Model, dense_batch_size: int) -> list[PipelinePlan]:
-        from nf.graphs.partition import available_partitions
+        from nf.graphs.partition import PartitionError, required_partitions
         from nf.graphs.plan_store import find_plans
 
         found = []
         for stored in find_plans(model, self._device.name, dense_batch_size, gpu_sms=self._device.sms):
             try:
-                available_partitions(stream.sms for stream in stored.plan.streams)
-            except InputError as error:  # it was not the user who chose it
+                required_partitions(stream.sms for stream in stored.plan.streams)  # it was measured with them
+            except (InputError, PartitionError) as error:  # it was not the user who chose it
                 logger.warning("%s is passed over: %s", stored.path, error)
                 continue
             logger.info("plan: %s, from %s", stored.plan.name, stored.path)

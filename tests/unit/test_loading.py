@@ -24,7 +24,7 @@ from nf.graphs import partition
 from nf.graphs.plan import nano_batch_plan, sequential_plan
 from nf.graphs.plan_store import save_plans
 from nf.kernels.compile import CompileError
-from nf.kernels.device import DeviceMemoryError
+from nf.kernels.device import CudaError, DeviceMemoryError
 from nf.llm import LLM
 from nf.loading import Loaded, load
 from nf.models import shapes
@@ -285,4 +285,26 @@ def test_plans_of_the_same_name_are_named_once(
     loaded: Any = load(small_shape, random_weights=True)
     assert loaded.config.plan == "sequential; nano-batch"
     assert len(loaded.executor.plans) == 4
+    assert the_gpu.calls == [0]
+
+
+def test_stored_plans_with_partitions_are_passed_over_where_the_driver_has_none(
+    the_gpu: Gpu, small_shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They were measured with them; sharing all SMs they might be slower than the sequential plan."""
+    monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
+
+    def refuse(counts: tuple[int, ...], _device: int) -> tuple[()]:
+        if counts:
+            raise CudaError("green contexts: CUDA_ERROR_NOT_SUPPORTED")
+        return ()
+
+    monkeypatch.setattr(partition, "partitions", refuse)
+    shared = nano_batch_plan(declare(SMALL).operations, 2048)
+    split = replace(shared, streams=tuple(replace(stream, sms=64) for stream in shared.streams), name="split")
+    plans = [replace(split, decode_tokens=700), replace(shared, decode_tokens=1400)]
+    save_plans(plans, SMALL, "NVIDIA H200", {})
+    loaded: Any = load(small_shape, random_weights=True)
+    assert loaded.config.plan == "sequential; nano-batch"
+    assert "is passed over: SM partitions are not available" in caplog.text
     assert the_gpu.calls == [0]
