@@ -302,7 +302,7 @@ def test_stored_plans_with_partitions_are_passed_over_where_the_driver_has_none(
     monkeypatch.setattr(partition, "partitions", refuse)
     shared = nano_batch_plan(declare(SMALL).operations, 2048)
     split = replace(shared, streams=tuple(replace(stream, sms=64) for stream in shared.streams), name="split")
-    plans = [replace(split, decode_tokens=700), replace(shared, decode_tokens=1400)]
+    plans = [replace(split, loads=((700, 9),)), replace(shared, loads=((1400, 9),))]
     save_plans(plans, SMALL, "NVIDIA H200", {})
     loaded: Any = load(small_shape, random_weights=True)
     assert loaded.config.plan == "sequential; nano-batch"
