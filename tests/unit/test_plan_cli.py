@@ -80,8 +80,10 @@ def test_a_timeline_fits_100_columns(operations: tuple[object, ...], num_layers:
 def test_streams_that_do_not_fit_stand_below() -> None:
     ranges = tuple((n * 1024, n * 1024 + 1024) for n in range(4))
     streams = tuple(Stream(f"s{n}", tuple(NanoOperation(op.name, n) for op in LLAMA), sms=32) for n in range(4))
-    text = timeline(PipelinePlan("four", 4096, ranges, streams, model="m", gpu="g"), LLAMA)
+    loads = ((900, 1000), (800, 1200), (700, 1400))
+    text = timeline(PipelinePlan("four", 4096, ranges, streams, model="m", gpu="g", loads=loads), LLAMA)
     assert "made for m on g" in text
+    assert "about 900 tokens decode and see 1000 keys each, and 2 more loads" in text
     assert max(map(len, text.splitlines())) <= 100
     heads = [line.split() for line in text.splitlines() if "32 SMs" in line]
     assert [[word for word in line if word.startswith("s")] for line in heads] == [["s0:", "s1:"], ["s2:", "s3:"]]

@@ -14,15 +14,16 @@ from fake_profile import MODEL, SMS, FormulaBench, formula_profile
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
 from nf.cli.plan_search_table import table
-from nf.errors import InputError, PlanError
+from nf.errors import InputError, NfError, PlanError
 from nf.graphs.pipeline_plan import Stream
 from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan, validate
-from nf.graphs.plan_store import find_plans, save_plans
+from nf.graphs.plan_store import find_plans, save_plans, shape_name
 from nf.graphs.pool import GraphPool, step_plans
 from nf.kernels.device import DeviceMemoryError
 from nf.models.operations import Rows
 from nf.planning.coverage import AS_MEASURED, covering_plans
 from nf.planning.gpu_step_bench import plans_for
+from nf.planning.kept_steps import MeasuredOn, open_steps, read_steps
 from nf.planning.loads import batch_shape, loads, made_for
 from nf.planning.nano_layer import BatchShape, profiled_costs
 from nf.planning.neighbours import neighbours
@@ -241,6 +242,17 @@ def test_what_is_close_to_a_winner_is_measured_as_well() -> None:
     none = TableBench(lambda *_: 1.0)
     search(without_profile(), [LOAD], none, vary=vary)
     assert len(none.measured) == 4
+
+
+def test_what_was_measured_is_known_again_whatever_the_plan_is_called_and_for(tmp_path: Path) -> None:
+    on = MeasuredOn(shape_name(MODEL.config), "NVIDIA H200", SMS, "580", "kernels", 900_000)
+    bench, plan = TableBench(lambda *_: 0.5), nano_batch_plan(OPERATIONS, 2048)
+    first = open_steps(tmp_path / "steps.json", on, bench).measure(plan, [LOAD])
+    known = read_steps(tmp_path / "steps.json", shape_name(MODEL.config))
+    stored = replace(plan, name="another", model="m", gpu="g", loads=((682, 1280), (600, 1400)))
+    assert known.measure(stored, [LOAD]) == first
+    with pytest.raises(NfError, match="not measured in"):
+        known.measure(replace(plan, nano_batches=((0, 512), (512, 2048))), [LOAD])
 
 
 def test_a_neighbour_that_was_measured_already_is_not_measured_again() -> None:
