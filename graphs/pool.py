@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -51,6 +51,11 @@ class StepPlan:
     def decode_only(self) -> bool:
         """Whether a step with a prefill chunk must not use it."""
         return all(operation.rows is not Rows.PREFILL for operation in self.operations)
+
+    @property
+    def work(self) -> Hashable:
+        """What is captured: one graph serves all that have it in common, whatever steps they are for."""
+        return self.plan.dense_batch_size, self.plan.nano_batches, self.plan.streams, self.operations
 
 
 def step_plans(plans: Sequence[PipelinePlan], operations: Sequence[Operation]) -> tuple[StepPlan, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from nf.executors.gpu_pages import KvPages
 from nf.executors.gpu_trace import capture_traced
 from nf.executors.gpu_weights import DeviceWeights
 from nf.executors.trace import Span
-from nf.graphs.capture import capture
+from nf.graphs.capture import Graph, capture
 from nf.graphs.partition import Lane, lanes
 from nf.graphs.plan import PipelinePlan, unroll, validate
 from nf.graphs.pool import GraphPool, StepPlan, step_plans
@@ -265,10 +265,12 @@ class GpuExecutor:
     def _capture(self, steps: Sequence[StepPlan], undo: ExitStack) -> None:
         started = time.perf_counter()
         stream = self._stream.handle
-        graphs = []
+        graphs: dict[Hashable, Graph] = {}
         for step in steps:
+            if step.work in graphs:  # as a stored plan that is sequential
+                continue
             self._layers = Layers(self._model, step.plan, self._kernels, self._memory, self._sizes, self._device.sms)
-            graph = capture(
+            graph = graphs[step.work] = capture(
                 unroll(step.plan, step.operations, self._config.num_layers),
                 self._lanes(step.plan),
                 stream,
@@ -278,8 +280,7 @@ class GpuExecutor:
             )
             undo.callback(graph.free)
             graph.upload(stream)
-            graphs.append((step, graph))
-        self._pool = GraphPool(graphs)
+        self._pool = GraphPool([(step, graphs[step.work]) for step in steps])
         self._stream.synchronize()
         undo.callback(self._stream.synchronize)  # first: part of a step that could not be enqueued whole may run yet
         self.startup["capture"] = time.perf_counter() - started

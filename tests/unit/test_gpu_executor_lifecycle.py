@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,7 +18,7 @@ from nf.errors import EngineError, ModelError, PlanError
 from nf.executors import gpu
 from nf.executors.base import StepResult
 from nf.executors.gpu import MAX_IN_FLIGHT, GpuExecutor
-from nf.graphs.plan import load_plan
+from nf.graphs.plan import PipelinePlan, load_plan, sequential_plan
 from nf.kernels.device import CudaError, DeviceMemoryError
 from nf.models.declaration import Model
 from nf.models.registry import declare
@@ -134,11 +134,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     return card
 
 
-def executor(card: Card, dense_batch_size: int = 8, model: Model = MODEL) -> GpuExecutor:
+def executor(
+    card: Card, dense_batch_size: int = 8, model: Model = MODEL, stored: Sequence[PipelinePlan] = ()
+) -> GpuExecutor:
     return GpuExecutor(
         model,
         SimpleNamespace(free=card.owner("weights")),  # type: ignore[arg-type]
-        [load_plan("sequential", MODEL.operations, dense_batch_size)],
+        [load_plan("sequential", MODEL.operations, dense_batch_size), *stored],
         device=SimpleNamespace(sms=132, use=lambda: None),  # type: ignore[arg-type]
         artifacts=[],
         page_size=16,
@@ -299,3 +301,17 @@ def test_a_step_replays_the_graph_of_its_size_and_kind_and_an_empty_one_none(car
     runs.close()
     with_prompts = [(16, True)] * 2 + [(32, True)] * 2 + [(40, True)] * 2
     assert card.launched == with_prompts + [(16, False)] * 2 + [(32, False)] * 2 + [(40, False)] * 2
+
+
+def test_plans_that_do_the_same_work_share_a_graph(card: Card) -> None:
+    """As the sequential plan for any step and one that a search stored for some."""
+    loads = (((20, 100),), ((40, 100),))  # the second only decodes
+    runs = executor(card, 40, stored=[replace(sequential_plan(MODEL.operations, 40), loads=each) for each in loads])
+    assert sorted(card.captured) == [(16, False), (16, True), (32, False), (32, True), (40, False), (40, True)]
+    for decodes in (0, 20, 40):
+        handle = runs.submit(step(40, decodes))
+        card.results[-1].set_result(None)
+        handle.result()
+    assert card.launched == [(40, True), (40, True), (40, False)]
+    runs.close()
+    assert card.freed.count("graph") == 6
