@@ -61,7 +61,7 @@ class PipelinePlan:
         streams: run at the same time.
         model, gpu: what the plan was made for; None if for any.
         loads: of the steps that the plan is for, as (decode tokens, mean number of keys that each of them sees): it
-            serves steps like these (see pool.py). None: any step.
+            serves steps like these (see pool.py). Without any: every step.
     """
 
     name: str

@@ -13,6 +13,7 @@ MAX_DENSE_BATCH_SIZE = 1 << 20
 MAX_NANO_BATCHES = 64  # the bounds keep a plan that someone else wrote from taking more than seconds to check
 MAX_STREAMS = 16
 MAX_LOADS = 4096
+MAX_KEYS = 1 << 30  # that a decode token sees
 MAX_LAG = 16
 MAX_PRIORITY = 16  # either way; a driver clamps it to the few it has
 
@@ -38,10 +39,10 @@ def _check_nano_batches(plan: PipelinePlan) -> None:
     if len(plan.loads) > MAX_LOADS:
         raise PlanError("loads", f"must be at most {MAX_LOADS}, got {len(plan.loads)}")
     for index, (decode_tokens, keys) in enumerate(plan.loads):
-        if not 1 <= decode_tokens <= tokens or keys < 1:
+        if not 1 <= decode_tokens <= tokens or not 1 <= keys <= MAX_KEYS:
             raise PlanError(
                 f"loads[{index}]",
-                f"must be 1 to {tokens} decode tokens, the dense batch size, and at least 1 key, "
+                f"must be 1 to {tokens} decode tokens, the dense batch size, and 1 to {MAX_KEYS} keys, "
                 f"got [{decode_tokens}, {keys}]",
             )
     if not 1 <= len(plan.nano_batches) <= MAX_NANO_BATCHES:

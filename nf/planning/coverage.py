@@ -31,14 +31,17 @@ def covering_plans(found: Search, model: Model, profile: Profile | None, kv_toke
         profile: None leaves the grid out; so do loads that only decode.
         kv_tokens: that the KV cache holds.
     """
-    places: dict[tuple[Result, bool], list[Place]] = {}
+    owners: dict[Place, tuple[Result, bool]] = {}  # one each: of two loads that look alike to a plan the first counts
     for load, best in zip(found.loads, found.best, strict=True):
-        places.setdefault((best, load.decode_only), []).append(made_for(load))
+        owners.setdefault(made_for(load), (best, load.decode_only))
     if profile is not None and not all(load.decode_only for load in found.loads):
         for place in _grid(found.loads[0].dense_batch_size, kv_tokens):
             if (best_there := _best_at(place, found, model, profile)) is not None:
-                places.setdefault((best_there, False), []).append(place)
-    return [replace(result.candidate.plan, loads=tuple(dict.fromkeys(own))) for (result, _), own in places.items()]
+                owners.setdefault(place, (best_there, False))
+    places: dict[tuple[Result, bool], list[Place]] = {}
+    for place, owner in owners.items():
+        places.setdefault(owner, []).append(place)
+    return [replace(result.candidate.plan, loads=tuple(own)) for (result, _), own in places.items()]
 
 
 def _grid(size: int, kv_tokens: int) -> Iterator[Place]:
@@ -54,9 +57,11 @@ def _grid(size: int, kv_tokens: int) -> Iterator[Place]:
 
 def _best_at(place: Place, found: Search, model: Model, profile: Profile) -> Result | None:
     """None where nothing is predicted of the sequential plan."""
-    for load, best in zip(found.loads, found.best, strict=True):
-        if not load.decode_only and _apart(place, made_for(load)) <= AS_MEASURED:
-            return best
+    measured = zip(found.loads, found.best, strict=True)
+    near = [(_apart(place, made_for(load)), best) for load, best in measured if not load.decode_only]
+    apart, best = min(near, key=lambda pair: pair[0])
+    if apart <= AS_MEASURED:
+        return best
     tokens, keys = place
     batch = BatchShape(found.loads[0].dense_batch_size, tokens, keys, max(1, keys // 2))
     base, times = found.sequential, dict[Result, float]()

@@ -79,15 +79,19 @@ WRONG: list[tuple[Change, str]] = [
     (lambda plan: replace(plan, dense_batch_size=0), "dense_batch_size: must be 1 to 1048576 tokens, got 0"),
     (
         lambda plan: replace(plan, loads=((5, 9), (0, 9))),
-        "loads[1]: must be 1 to 256 decode tokens, the dense batch size, and at least 1 key, got [0, 9]",
+        "loads[1]: must be 1 to 256 decode tokens, the dense batch size, and 1 to 1073741824 keys, got [0, 9]",
     ),
     (
         lambda plan: replace(plan, loads=((257, 9),)),
-        "loads[0]: must be 1 to 256 decode tokens, the dense batch size, and at least 1 key, got [257, 9]",
+        "loads[0]: must be 1 to 256 decode tokens, the dense batch size, and 1 to 1073741824 keys, got [257, 9]",
     ),
     (
         lambda plan: replace(plan, loads=((5, 0),)),
-        "loads[0]: must be 1 to 256 decode tokens, the dense batch size, and at least 1 key, got [5, 0]",
+        "loads[0]: must be 1 to 256 decode tokens, the dense batch size, and 1 to 1073741824 keys, got [5, 0]",
+    ),
+    (
+        lambda plan: replace(plan, loads=((5, 1 << 31),)),
+        "loads[0]: must be 1 to 256 decode tokens, the dense batch size, and 1 to 1073741824 keys, got [5, 2147483648]",
     ),
     (lambda plan: replace(plan, loads=((5, 9),) * 4097), "loads: must be at most 4096, got 4097"),
     (with_ranges(), "nano_batches: must be 1 to 64 token ranges, got 0"),

@@ -21,7 +21,7 @@ from nf.graphs.plan_store import find_plans, save_plans, shape_name
 from nf.graphs.pool import GraphPool, step_plans
 from nf.kernels.device import DeviceMemoryError
 from nf.models.operations import Rows
-from nf.planning.coverage import AS_MEASURED, covering_plans
+from nf.planning.coverage import AS_MEASURED, _best_at, covering_plans
 from nf.planning.gpu_step_bench import plans_for
 from nf.planning.kept_steps import MeasuredOn, open_steps, read_steps
 from nf.planning.loads import batch_shape, loads, made_for
@@ -141,6 +141,24 @@ def test_what_is_stored_runs_the_steps_that_it_won() -> None:
         for decode_tokens in range(load.num_decode - 100, load.num_decode + 100, 20):
             step, _ = pool.find(2048, decode_tokens, decode_tokens * batch_shape(load).decode_context)
             assert (step.plan.name, step.plan.dense_batch_size) == (name, 2048)
+
+
+def test_every_load_is_of_one_plan_and_close_to_several_measured_ones_the_nearest_counts() -> None:
+    """Loads asked for twice, or a step apart, may have different winners; plans are kept by their first load."""
+    twins = [Load(2048, 1024, 512), Load(2048, 1020, 516), Load(2048, 1024, 512)]
+    tokens = [made_for(load)[0] for load in twins]
+    assert tokens[0] < tokens[1] < tokens[0] * AS_MEASURED
+    results = [Result(candidate, (Measurement(1.0, 1.0),) * 3) for candidate in without_profile(twins)]
+    found = Search(tuple(twins), tuple(results), (results[2], results[3], results[0]))
+    for profile in (None, formula_profile(bench=FormulaBench(kept=0.99, speed=0.97))):
+        plans = covering_plans(found, MODEL, profile, 900_000)
+        owned = [load for plan in plans for load in plan.loads]
+        assert len(owned) == len(set(owned))
+        owners = {load: plan.name for plan in plans for load in plan.loads}
+        assert [owners[made_for(load)] for load in twins[:2]] == [r.candidate.plan.name for r in found.best[:2]]
+    below = found.loads[1].num_decode * 1.08, found.loads[0].num_decode / 1.08
+    for place, best in zip(below, found.best[1::-1], strict=True):
+        assert _best_at((round(place), 1280), found, MODEL, formula_profile()) == best
 
 
 def test_between_the_loads_the_profile_says_which_plan_is_for_a_step() -> None:
