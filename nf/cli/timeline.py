@@ -35,7 +35,7 @@ def _head(plan: PipelinePlan) -> str:
         lines.append(f"made for {' on '.join(name for name in (plan.model, plan.gpu) if name)}")
     if plan.loads:
         tokens, keys = plan.loads[0]
-        more = f", and {len(plan.loads) - 1} more loads" if len(plan.loads) > 1 else ""
+        more = f", and {_count(len(plan.loads) - 1, 'more load')}" if len(plan.loads) > 1 else ""
         lines.append(f"for steps in which about {tokens} tokens decode and see {keys} keys each{more}")
     ranges = [_range(*nano_batch) for nano_batch in plan.nano_batches]
     lines += [f"{INDENT}nano-batch {index}: tokens {tokens}" for index, tokens in enumerate(ranges)]
