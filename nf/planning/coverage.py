@@ -50,7 +50,7 @@ def _grid(size: int, kv_tokens: int) -> Iterator[Place]:
     while tokens < size / math.sqrt(STEP):
         keys = FEWEST_KEYS
         while keys * tokens <= kv_tokens and keys <= MOST_KEYS:
-            yield round(tokens), keys
+            yield max(1, round(tokens)), keys
             keys = math.ceil(keys * STEP)
         tokens *= STEP
 

@@ -18,10 +18,10 @@ from nf.errors import InputError, NfError, PlanError
 from nf.graphs.pipeline_plan import Stream
 from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan, validate
 from nf.graphs.plan_store import find_plans, save_plans, shape_name
-from nf.graphs.pool import GraphPool, step_plans
+from nf.graphs.pool import ALIKE, GraphPool, step_plans
 from nf.kernels.device import DeviceMemoryError
 from nf.models.operations import Rows
-from nf.planning.coverage import AS_MEASURED, _best_at, covering_plans
+from nf.planning.coverage import AS_MEASURED, FEWEST_KEYS, MOST_KEYS, _apart, _best_at, _grid, covering_plans
 from nf.planning.gpu_step_bench import plans_for
 from nf.planning.kept_steps import MeasuredOn, open_steps, read_steps
 from nf.planning.loads import batch_shape, loads, made_for
@@ -159,6 +159,19 @@ def test_every_load_is_of_one_plan_and_close_to_several_measured_ones_the_neares
     below = found.loads[1].num_decode * 1.08, found.loads[0].num_decode / 1.08
     for place, best in zip(below, found.best[1::-1], strict=True):
         assert _best_at((round(place), 1280), found, MODEL, formula_profile()) == best
+
+
+@pytest.mark.parametrize("size", [2, 8, 256, 640, 1024, 2048, 4096])
+def test_no_full_step_with_a_twentieth_or_more_that_decode_is_far_from_the_grid(size: int) -> None:
+    """Up to what the KV cache holds, however it is shared out; no load of the grid has no decode token."""
+    room = 900_000
+    grid = list(_grid(size, room))
+    assert all(1 <= tokens <= size and keys >= 1 for tokens, keys in grid)
+    for tokens in range(max(1, -(-size // 20)), size + 1, max(1, size // 50)):
+        keys = FEWEST_KEYS
+        while tokens * keys <= room and keys <= MOST_KEYS:
+            assert min(_apart((tokens, keys), place) for place in grid) <= ALIKE or tokens < 8, (tokens, keys)
+            keys = int(keys * 1.07) + 1
 
 
 def test_between_the_loads_the_profile_says_which_plan_is_for_a_step() -> None:
