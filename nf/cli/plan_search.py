@@ -252,6 +252,8 @@ def _measured(
     result = record(found, bounds(model, profile, loads), head)
     if not args.no_store:
         folder = Path(args.store) if args.store else None
+        if profile is not None:
+            _say(args, "predicting which plan is for which steps")
         best = [
             replace(plan, model=Path(args.model).name, gpu=on.gpu)
             for plan in covering_plans(found, model, profile, on.kv_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from nf.graphs.pipeline_plan import PipelinePlan
@@ -25,7 +25,8 @@ Place = tuple[int, int]  # decode tokens, keys that each of them sees
 
 def covering_plans(found: Search, model: Model, profile: Profile | None, kv_tokens: int) -> list[PipelinePlan]:
     """Every plan that won with the loads that it is for: those that it won, and of a grid of others those at which
-    ``profile`` predicts it to be the fastest of the winners and the sequential plan.
+    ``profile``, set right by what was measured nearby, predicts it to be the fastest of the winners and the sequential
+    plan.
 
     Args:
         profile: None leaves the grid out; so do loads that only decode.
@@ -57,24 +58,34 @@ def _grid(size: int, kv_tokens: int) -> Iterator[Place]:
 
 def _best_at(place: Place, found: Search, model: Model, profile: Profile) -> Result | None:
     """None where nothing is predicted of the sequential plan."""
-    measured = zip(found.loads, found.best, strict=True)
-    near = [(_apart(place, made_for(load)), best) for load, best in measured if not load.decode_only]
-    apart, best = min(near, key=lambda pair: pair[0])
-    if apart <= AS_MEASURED:
-        return best
+    apart = {n: _apart(place, made_for(load)) for n, load in enumerate(found.loads) if not load.decode_only}
+    nearest = min(apart, key=lambda number: apart[number])
+    if apart[nearest] <= math.log(AS_MEASURED):
+        return found.best[nearest]
     tokens, keys = place
     batch = BatchShape(found.loads[0].dense_batch_size, tokens, keys, max(1, keys // 2))
     base, times = found.sequential, dict[Result, float]()
     for result in dict.fromkeys((base, *found.best)):
         if (predicted := of_plan(result.candidate.plan, model, profile, batch)) is not None:
-            times[result] = predicted.seconds
+            times[result] = predicted.seconds * _bias(result, apart)
     if base not in times:
         return None
     best = min(times, key=lambda result: times[result])
     return best if times[best] < times[base] * (1 - SURE) else base
 
 
+def _bias(result: Result, apart: Mapping[int, float]) -> float:
+    """Measured over predicted time, the mean over the loads, the near ones counting most (inverse squares): what the
+    profile does not know of a plan at these it will not know in between."""
+    known = [
+        (1 / distance**2, result.measured[number].seconds / predicted.seconds)
+        for number, distance in apart.items()
+        if (predicted := result.candidate.predicted[number]) is not None
+    ]
+    return sum(weight * ratio for weight, ratio in known) / sum(weight for weight, _ in known) if known else 1.0
+
+
 def _apart(a: Place, b: Place) -> float:
-    """The larger of the factors between decode tokens and between keys together."""
+    """The larger of the ratios of decode tokens and of keys together, as a logarithm."""
     ratios = a[0] / b[0], a[0] * a[1] / (b[0] * b[1])
-    return max(max(ratio, 1 / ratio) for ratio in ratios)
+    return max(abs(math.log(ratio)) for ratio in ratios)

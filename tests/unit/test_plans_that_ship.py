@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 
+from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
 from nf.graphs.plan import load_plan, sequential_plan
 from nf.graphs.plan_store import BUILT_IN_FOLDER, MEASURED_SUFFIX, find_plans, shape_name
 from nf.graphs.pool import GraphPool, step_plans
 from nf.models.registry import declare
 from nf.models.shapes import shape
+from nf.planning.coverage import covering_plans
 from nf.planning.loads import batch_shape, made_for
 from nf.planning.predict import of_plan
 from nf.planning.profile_file import read_profile
+from nf.planning.search import Result, Search, candidate_of
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "docs/benchmarks/2026-11-29-h200-profile.json"
 MODEL = declare(shape("llama-3-8b"))
 SIZE, SMS, GPU = 2048, 132, "NVIDIA H200"
+KV_TOKENS = 898_327  # of the KV cache there
 RECORDS = sorted(BUILT_IN_FOLDER.rglob(f"*{MEASURED_SUFFIX}"))
 
 
@@ -75,3 +80,18 @@ def test_the_profile_foresaw_what_was_measured() -> None:
     assert len(errors) == len(plans) * len(record["loads"]) >= 12
     assert median(errors) <= 0.1
     assert max(errors) <= 0.1
+
+
+def test_the_loads_that_ship_follow_from_profile_and_measurements() -> None:
+    profile, written = read_profile(PROFILE, shape_name(MODEL.config)), measured()
+    loads = tuple(Load(SIZE, load["input_len"], load["output_len"]) for load in written["loads"])
+    shipped = {stored.plan.name: stored.plan for stored in find_plans(MODEL, GPU, SIZE, folder=Path("nowhere"))}
+    results = {}
+    for own in written["plans"]:
+        if own["name"] in shipped:
+            plan = replace(shipped[own["name"]], loads=())
+            seconds = tuple(Measurement(load["measured_s"], load["measured_j"]) for load in own["loads"])
+            results[own["name"]] = Result(candidate_of(plan, own["kind"], MODEL, profile, loads), seconds)
+    best = tuple(results[load["chosen"]] for load in written["loads"])
+    found = Search(loads, tuple(results.values()), best)
+    assert {plan.name: plan for plan in covering_plans(found, MODEL, profile, KV_TOKENS)} == shipped
