@@ -20,6 +20,9 @@ from nf.kernels.device import CudaError, checked
 logger = logging.getLogger(__name__)
 
 Sms = int | Literal["all"]
+# CU_DEV_SM_RESOURCE_SPLIT_IGNORE_SM_COSCHEDULING: sizes in which not every SM may find partners for a cluster of more
+# than two CTAs, of which no kernel here has any. Taken where the driver gives a size in no other way.
+FINER = 1
 
 
 class PartitionError(CudaError):
@@ -139,15 +142,18 @@ def _split(resource: Any, sms: int) -> tuple[Any, Any]:
     total = resource.sm.smCount
     if not 0 < sms < total:
         raise InputError("sms", f"a partition of {sms} SMs cannot be split off the {total} that are left")
-    groups, _, rest = checked(driver.cuDevSmResourceSplitByCount(1, resource, 0, sms))
-    (group,) = groups
-    if group.sm.smCount == sms:
-        return group, rest
-    # The driver rounds a group up; the remainder may still have the very size that was asked for.
-    groups, _, other = checked(driver.cuDevSmResourceSplitByCount(1, resource, 0, total - sms))
-    if other.sm.smCount == sms:
-        return other, groups[0]
-    nearest = min(group.sm.smCount, other.sm.smCount, key=lambda count: abs(count - sms))
+    sizes = []
+    for flags in (0, FINER):
+        groups, _, rest = checked(driver.cuDevSmResourceSplitByCount(1, resource, flags, sms))
+        (group,) = groups
+        if group.sm.smCount == sms:
+            return group, rest
+        # The driver rounds a group up; the remainder may still have the very size that was asked for.
+        groups, _, other = checked(driver.cuDevSmResourceSplitByCount(1, resource, flags, total - sms))
+        if other.sm.smCount == sms:
+            return other, groups[0]
+        sizes += [group.sm.smCount, other.sm.smCount]
+    nearest = min(sizes, key=lambda count: abs(count - sms))
     raise InputError("sms", f"this GPU cannot give a partition of {sms} SMs; the nearest it can is {nearest}")
 
 

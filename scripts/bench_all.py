@@ -43,21 +43,21 @@ class Run:
     seconds: float
 
 
+CONSTANT = (
+    f"{NF} bench throughput {MODEL} --input-len 1024 --output-len 512 --num-prompts 1024 --max-model-len 2048 "
+    "--max-num-seqs 1024 -q --json {out}.json"
+)
+TRACE = (
+    f"{NF} bench throughput {MODEL} --trace {{trace}} --max-total-len 4000 --num-prompts 3000 --max-model-len 4096 "
+    "--max-num-seqs 2048 -q --json {out}.json"
+)
 RUNS = (
     Run("tests", f"{PYTHON} -m pytest tests/gpu --junit-xml {{out}}.xml", 130),
     Run("kernels", f"{NF} bench kernels --json {{out}}.json", 220),
-    Run(
-        "constant",
-        f"{NF} bench throughput {MODEL} --input-len 1024 --output-len 512 --num-prompts 1024 --max-model-len 2048 "
-        "--max-num-seqs 1024 -q --json {out}.json --trace-out {out}-step.json",
-        75,
-    ),
-    Run(
-        "trace",
-        f"{NF} bench throughput {MODEL} --trace {{trace}} --max-total-len 4000 --num-prompts 3000 --max-model-len 4096 "
-        "--max-num-seqs 2048 -q --json {out}.json",
-        80,
-    ),
+    Run("constant", f"{CONSTANT} --trace-out {{out}}-step.json", 75),
+    Run("constant-sequential", f"{CONSTANT} --plan sequential", 70),
+    Run("trace", TRACE, 75),
+    Run("trace-sequential", f"{TRACE} --plan sequential", 75),
     Run("decode", f"{PYTHON} scripts/bench_decode.py llama-3-8b --random-weights --json {{out}}.json", 30),
     Run(
         "latency",

@@ -37,6 +37,11 @@ def test_a_measured_point_gets_what_was_measured(entry: dict[str, int | str]) ->
     assert choice.group == entry["group"]
 
 
+def test_no_cluster_needs_more_than_a_pair_of_sms() -> None:
+    """Partitions between the multiples of 8 SMs promise no more (nf.graphs.partition.FINER)."""
+    assert max(config.cluster_size for config in (*configurations(), *GROUPED)) == 2
+
+
 def test_labels_name_configurations() -> None:
     for config in configurations():
         assert GemmConfig.from_label(config.label) == config

@@ -15,7 +15,7 @@ from nf.graphs import partition
 from nf.graphs.partition import PartitionError, available_partitions, lanes, partitions, required_partitions
 from nf.graphs.pipeline_plan import Stream
 
-TOTAL, STEP = 132, 8
+TOTAL, STEP, FINE_STEP = 132, 8, 2
 
 
 class Sms:
@@ -31,6 +31,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.refuses = 0
+        self.flags: list[int] = []
         self.streams: list[tuple[list[int] | None, int]] = []  # SMs, None for all of them, and priority
         self.CUdevResourceType = SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM=1)
         self.CUgreenCtxCreate_flags = SimpleNamespace(CU_GREEN_CTX_DEFAULT_STREAM=1)
@@ -45,9 +46,11 @@ class Driver:
     def cuDeviceGetDevResource(self, _device: int, _kind: int) -> Any:  # noqa: N802
         return status(0), Sms(range(TOTAL))
 
-    def cuDevSmResourceSplitByCount(self, count: int, resource: Sms, _flags: int, least: int) -> Any:  # noqa: N802
+    def cuDevSmResourceSplitByCount(self, count: int, resource: Sms, flags: int, least: int) -> Any:  # noqa: N802
         assert count == 1
-        size = -(-least // STEP) * STEP
+        self.flags.append(flags)
+        step = FINE_STEP if flags == partition.FINER else STEP
+        size = -(-least // step) * step
         return status(0), [Sms(resource.members[:size])], 1, Sms(resource.members[size:])
 
     def cuDevResourceGenerateDesc(self, resources: list[Sms], count: int) -> Any:  # noqa: N802
@@ -92,6 +95,14 @@ def stream(name: str, sms: Any, priority: int = 0) -> Stream:
 
 
 @pytest.mark.parametrize("counts", [(104, 28), (100, 32), (28, 104), (48,), (132,), (40, 48, 44), (8, 16, 24, 84)])
+def test_sizes_that_the_driver_gives_are_co_scheduled(driver: Driver, counts: tuple[int, ...]) -> None:
+    partitions(counts)
+    assert set(driver.flags) <= {0}
+
+
+@pytest.mark.parametrize(
+    "counts", [(104, 28), (28, 104), (48,), (132,), (40, 48, 44), (8, 16, 24, 84), (112, 20), (20, 112), (6, 126)]
+)
 @pytest.mark.usefixtures("driver")
 def test_groups_are_disjoint_and_of_the_sizes_asked_for(counts: tuple[int, ...]) -> None:
     """Also what is no multiple of eight, as long as it is what others leave."""
@@ -105,8 +116,8 @@ def test_groups_are_disjoint_and_of_the_sizes_asked_for(counts: tuple[int, ...])
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ((101, 31), r"^sms: this GPU cannot give a partition of 101 SMs; the nearest it can is 100$"),
-        ((104, 17), r"^sms: this GPU cannot give a partition of 17 SMs; the nearest it can is 12$"),
+        ((101, 31), r"^sms: this GPU cannot give a partition of 101 SMs; the nearest it can is 10[02]$"),
+        ((104, 17), r"^sms: this GPU cannot give a partition of 17 SMs; the nearest it can is 1[68]$"),
         ((132, 8), r"^sms: a partition of 132 SMs cannot be split off the 132 that are left$"),
         ((104, 40), r"^sms: a partition of 40 SMs cannot be split off the 28 that are left$"),
     ],
