@@ -15,18 +15,16 @@ from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
 from nf.cli.plan_search_table import table
 from nf.errors import InputError, NfError, PlanError
-from nf.graphs.pipeline_plan import Stream
 from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan, validate
 from nf.graphs.plan_store import find_plans, save_plans, shape_name
-from nf.graphs.pool import ALIKE, GraphPool, step_plans
+from nf.graphs.pool import GraphPool, step_plans
 from nf.kernels.device import DeviceMemoryError
 from nf.models.operations import Rows
-from nf.planning.coverage import AS_MEASURED, FEWEST_KEYS, MOST_KEYS, _apart, _best_at, _grid, covering_plans
+from nf.planning.coverage import covering_plans
 from nf.planning.gpu_step_bench import plans_for
 from nf.planning.kept_steps import MeasuredOn, open_steps, read_steps
 from nf.planning.loads import batch_shape, loads, made_for
-from nf.planning.nano_layer import BatchShape, profiled_costs
-from nf.planning.neighbours import neighbours
+from nf.planning.nano_layer import profiled_costs
 from nf.planning.predict import of_plan, rounds_of
 from nf.planning.profiling import ENDS
 from nf.planning.resources import propose
@@ -38,7 +36,6 @@ from nf.planning.search import (
     baselines,
     bounds,
     candidates,
-    partitioned,
     search,
 )
 from nf.planning.search_record import record
@@ -128,81 +125,6 @@ def test_each_load_has_a_winner_of_its_own() -> None:
     ]
 
 
-def test_what_is_stored_runs_the_steps_that_it_won() -> None:
-    """From the search to the engine: sequential where it was the fastest, the others around their loads."""
-    found = search(without_profile(MIXES), MIXES, TableBench(by_load))
-    chosen = covering_plans(found, MODEL, None, 1)
-    assert [plan.loads for plan in chosen] == [(made_for(load),) for load in MIXES]
-    for plan in chosen:
-        validate(plan, OPERATIONS, gpu_sms=SMS)
-    steps = step_plans([sequential_plan(OPERATIONS, 4096), *chosen], OPERATIONS)
-    pool = GraphPool([(step, step) for step in steps])  # type: ignore[misc]
-    for load, name in zip(MIXES, names(found), strict=True):
-        for decode_tokens in range(load.num_decode - 100, load.num_decode + 100, 20):
-            step, _ = pool.find(2048, decode_tokens, decode_tokens * batch_shape(load).decode_context)
-            assert (step.plan.name, step.plan.dense_batch_size) == (name, 2048)
-
-
-def test_every_load_is_of_one_plan_and_close_to_several_measured_ones_the_nearest_counts() -> None:
-    """Loads asked for twice, or a step apart, may have different winners; plans are kept by their first load."""
-    twins = [Load(2048, 1024, 512), Load(2048, 1020, 516), Load(2048, 1024, 512)]
-    tokens = [made_for(load)[0] for load in twins]
-    assert tokens[0] < tokens[1] < tokens[0] * AS_MEASURED
-    results = [Result(candidate, (Measurement(1.0, 1.0),) * 3) for candidate in without_profile(twins)]
-    found = Search(tuple(twins), tuple(results), (results[2], results[3], results[0]))
-    for profile in (None, formula_profile(bench=FormulaBench(kept=0.99, speed=0.97))):
-        plans = covering_plans(found, MODEL, profile, 900_000)
-        owned = [load for plan in plans for load in plan.loads]
-        assert len(owned) == len(set(owned))
-        owners = {load: plan.name for plan in plans for load in plan.loads}
-        assert [owners[made_for(load)] for load in twins[:2]] == [r.candidate.plan.name for r in found.best[:2]]
-    below = found.loads[1].num_decode * 1.08, found.loads[0].num_decode / 1.08
-    for place, best in zip(below, found.best[1::-1], strict=True):
-        assert _best_at((round(place), 1280), found, MODEL, formula_profile()) == best
-
-
-@pytest.mark.parametrize("size", [2, 8, 256, 640, 1024, 2048, 4096])
-def test_no_full_step_with_a_twentieth_or_more_that_decode_is_far_from_the_grid(size: int) -> None:
-    """Up to what the KV cache holds, however it is shared out; no load of the grid has no decode token."""
-    room = 900_000
-    grid = list(_grid(size, room))
-    assert all(1 <= tokens <= size and keys >= 1 for tokens, keys in grid)
-    for tokens in range(max(1, -(-size // 20)), size + 1, max(1, size // 50)):
-        keys = FEWEST_KEYS
-        while tokens * keys <= room and keys <= MOST_KEYS:
-            assert min(_apart((tokens, keys), place) for place in grid) <= ALIKE or tokens < 8, (tokens, keys)
-            keys = int(keys * 1.07) + 1
-
-
-def test_between_the_loads_the_profile_says_which_plan_is_for_a_step() -> None:
-    """Every step of the grid has one; at a measured load it is the one that won, elsewhere the one predicted to."""
-    profile = formula_profile(bench=FormulaBench(kept=0.99, speed=0.97))
-    found = search(without_profile(MIXES), MIXES, TableBench(by_load))
-    plans = covering_plans(found, MODEL, profile, 400_000)
-    assert {plan.name for plan in plans} == set(names(found))
-    owners = {load: plan for plan in plans for load in plan.loads}
-    assert len(owners) == sum(len(plan.loads) for plan in plans) > 100
-    for plan in plans:
-        validate(plan, OPERATIONS, gpu_sms=SMS)
-    by_name = {result.candidate.plan.name: result.candidate.plan for result in found.best}
-    for (tokens, keys), owner in owners.items():
-        assert tokens * keys <= 400_000 or (tokens, keys) in map(made_for, MIXES)
-        near = [
-            name
-            for load, name in zip(MIXES, names(found), strict=True)
-            for own, context in [made_for(load)]
-            if max(abs(math.log(tokens / own)), abs(math.log(tokens * keys / own / context))) <= math.log(AS_MEASURED)
-        ]
-        shape = BatchShape(2048, tokens, keys, max(1, keys // 2))
-        times = {name: of_plan(plan, MODEL, profile, shape) for name, plan in by_name.items()}
-        seconds = {name: time.seconds for name, time in times.items() if time is not None}
-        fastest = min(seconds, key=lambda name: seconds[name])
-        assert owner.name in (near or [fastest, "sequential"])
-        if not near and owner.name == "sequential":
-            assert seconds[fastest] > seconds["sequential"] * 0.98
-    assert [plan.loads for plan in covering_plans(found, MODEL, None, 400_000)] == [(made_for(m),) for m in MIXES]
-
-
 def test_a_plan_that_won_no_load_may_win_one_by_the_second_measurement() -> None:
     """Means of both decide, among those that were measured twice."""
     late = {("nano-batch", MIXES[0]): iter([1.0, 0.9])}
@@ -228,53 +150,6 @@ def test_a_plan_measured_once_is_not_chosen() -> None:
     assert found.best[0].measured[0].seconds == pytest.approx(0.95)
 
 
-def cut_plan(memory_sms: int, cut: int) -> PipelinePlan:
-    """Two nano-batches on partitions of the GPU."""
-    plan = partitioned(nano_batch_plan(OPERATIONS, 2048), memory_sms, SMS)
-    return replace(plan, nano_batches=((0, cut), (cut, 2048)))
-
-
-def test_neighbours_are_a_step_away_and_valid() -> None:
-    near = list(neighbours(cut_plan(24, 512)))
-    sizes = {(plan.streams[1].sms, plan.nano_batches[0][1]) for plan in near}
-    assert sizes == {(16, 512), (32, 512), (24, 256), (24, 768)}
-    for plan in near:
-        validate(plan, OPERATIONS, gpu_sms=SMS)
-        assert sum(int(stream.sms) for stream in plan.streams) == SMS
-    assert len({plan.name for plan in near}) == 4
-    at_the_end = {(plan.streams[1].sms, plan.nano_batches[0][1]) for plan in neighbours(cut_plan(8, 1900))}
-    assert at_the_end == {(16, 1900), (8, 1644)}
-    compute, memory = cut_plan(24, 512).streams
-    others = (replace(compute, nano_operations=compute.nano_operations[:-1]), memory)
-    third = Stream("third", compute.nano_operations[-1:], sms=8)
-    half = replace(cut_plan(24, 512), streams=(compute, replace(memory, sms="all")))
-    three = replace(cut_plan(24, 512), streams=(*others, third))
-    whole = replace(cut_plan(24, 512), nano_batches=((0, 2048),))
-    for plan in (sequential_plan(OPERATIONS, 2048), nano_batch_plan(OPERATIONS, 2048), half, three, whole):
-        assert list(neighbours(plan)) == []
-
-
-def test_what_is_close_to_a_winner_is_measured_as_well() -> None:
-    start, best = cut_plan(24, 1024), cut_plan(16, 1024)
-
-    def seconds(plan: PipelinePlan, _: Load) -> float:
-        nameless = replace(plan, name=start.name)
-        return 0.9 if nameless == start else 0.8 if nameless == replace(best, name=start.name) else 1.0
-
-    def vary(plan: PipelinePlan) -> list[Candidate]:
-        return [Candidate(near, "neighbour", (None,)) for near in neighbours(plan)]
-
-    bench = TableBench(seconds)
-    found = search(without_profile(), [LOAD], bench, vary=vary)
-    assert replace(found.best[0].candidate.plan, name=best.name) == best
-    assert found.best[0].candidate.kind == "neighbour"
-    assert len(bench.measured) == 4 + 4 + 2  # the baselines, the winner's neighbours, the last two once more
-    assert len({result.candidate.plan.name for result in found.results}) == len(found.results)
-    none = TableBench(lambda *_: 1.0)
-    search(without_profile(), [LOAD], none, vary=vary)
-    assert len(none.measured) == 4
-
-
 def test_what_was_measured_is_known_again_whatever_the_plan_is_called_and_for(tmp_path: Path) -> None:
     on = MeasuredOn(shape_name(MODEL.config), "NVIDIA H200", SMS, "580", "kernels", 900_000)
     bench, plan = TableBench(lambda *_: 0.5), nano_batch_plan(OPERATIONS, 2048)
@@ -284,21 +159,6 @@ def test_what_was_measured_is_known_again_whatever_the_plan_is_called_and_for(tm
     assert known.measure(stored, [LOAD]) == first
     with pytest.raises(NfError, match="not measured in"):
         known.measure(replace(plan, nano_batches=((0, 512), (512, 2048))), [LOAD])
-
-
-def test_a_neighbour_that_was_measured_already_is_not_measured_again() -> None:
-    wanted = [*without_profile(), Candidate(cut_plan(16, 1024), "given", (None,))]
-    known = len(wanted)
-
-    def vary(plan: PipelinePlan) -> list[Candidate]:
-        near = [*neighbours(plan), *neighbours(plan)]
-        return [Candidate(each, "neighbour", (None,)) for each in near]
-
-    def seconds(plan: PipelinePlan, _: Load) -> float:
-        return 0.9 if plan.nano_batches[0][1] == 1024 and plan.streams[-1].sms == 24 else 1.0
-
-    found = search(wanted, [LOAD], TableBench(seconds), vary=vary)
-    assert len(found.results) == known + 3  # two other cuts and 32 SMs; 16 SMs were given
 
 
 def test_a_gain_that_does_not_come_again_is_none() -> None:
