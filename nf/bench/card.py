@@ -1,4 +1,4 @@
-"""The GPUs' own counters through NVML: energy, power cap, memory. NaN or None where a machine does not tell.
+"""The GPUs' own counters through NVML: energy, clock, power cap, memory. NaN or None where a machine does not tell.
 
 NVML and CUDA number devices differently, so each is found by its PCI address, which the driver is asked for.
 """
@@ -29,6 +29,12 @@ def power_cap(ordinal: int | None = None) -> float:
     return milliwatts.value / 1e3 if _ask("nvmlDeviceGetEnforcedPowerLimit", ordinal, milliwatts) else _NAN
 
 
+def sm_clock(ordinal: int | None = None) -> float:
+    """MHz that the SMs run at now."""
+    megahertz = ctypes.c_uint()
+    return float(megahertz.value) if _ask("nvmlDeviceGetClockInfo", ordinal, megahertz, _SM_CLOCK) else _NAN
+
+
 def memory_used(ordinal: int | None = None) -> int | None:
     """Bytes of the GPU's memory in use, by all processes."""
     memory = _Memory()
@@ -44,12 +50,13 @@ def driver_version() -> str | None:
 
 
 _NAN = float("nan")
+_SM_CLOCK = 1  # NVML_CLOCK_SM
 
 
-def _ask(function: str, ordinal: int | None, result: ctypes._SimpleCData[Any] | ctypes.Structure) -> bool:
-    """Whether NVML has filled in ``result`` about a device."""
+def _ask(function: str, ordinal: int | None, result: ctypes._SimpleCData[Any] | ctypes.Structure, *of: int) -> bool:
+    """Whether NVML has filled in ``result`` about a device, or about something of it."""
     nvml, device = _nvml(), _handle(_current() if ordinal is None else ordinal)
-    return nvml is not None and device is not None and not getattr(nvml, function)(device, ctypes.byref(result))
+    return nvml is not None and device is not None and not getattr(nvml, function)(device, *of, ctypes.byref(result))
 
 
 @functools.cache

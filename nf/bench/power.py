@@ -1,4 +1,4 @@
-"""Power while something runs, by the cards' energy counters, which move about ten times a second."""
+"""Power and clock while something runs, by the cards' energy counters, which move about ten times a second."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import threading
 import time
 
-from nf.bench.card import energy
+from nf.bench.card import energy, sm_clock
 
 POLL_SECONDS = 0.002
 ENGINE_POLL_SECONDS = 0.02  # beside an engine, whose host work should not be disturbed, and for seconds at least
@@ -25,6 +25,7 @@ class PowerMeter:
     def __init__(self, *ordinals: int, poll_seconds: float = POLL_SECONDS) -> None:
         self._poll_seconds = poll_seconds
         self._steps: dict[int, list[tuple[float, float]]] = {gpu: [] for gpu in ordinals}  # (seconds, joules)
+        self._clocks: list[float] = []  # MHz, at every step
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="power meter", daemon=True)
 
@@ -42,6 +43,11 @@ class PowerMeter:
         to 0.3 s."""
         return self.between(-math.inf, math.inf)
 
+    @property
+    def megahertz(self) -> float:
+        """Of the SMs, on average; NaN where ``watts`` is."""
+        return sum(self._clocks) / len(self._clocks) if self._clocks else math.nan
+
     def between(self, start: float, end: float) -> float:
         """``watts`` by the steps between two moments of ``time.perf_counter``."""
         inside = ([step for step in steps if start <= step[0] <= end] for steps in self._steps.values())
@@ -54,6 +60,7 @@ class PowerMeter:
                 joules = energy(gpu)
                 if joules > last[gpu]:
                     steps.append((time.perf_counter(), joules))
+                    self._clocks.append(sm_clock(gpu))
                     last[gpu] = joules
 
 

@@ -25,7 +25,7 @@ def throughput_lines(record: dict[str, Any]) -> list[str]:
             f"{_rates(rates)}, {rate:.2f} requests/s in {results['seconds']:.2f} s",
         ),
         ("steady", "-" if middle is None else f"{_rates(middle)}: the middle half of the tokens"),
-        ("energy", "-" if joules is None else f"{joules:.4f} J/token, {watts:.0f} W"),
+        ("energy", "-" if joules is None else f"{joules:.4f} J/token, {watts:.0f} W{_clock(results['sm_megahertz'])}"),
         *_ceiling_rows(results),
         *((name.upper(), _percentiles(results[name], 1e3, "ms")) for name in ("ttft", "tpot")),
         (
@@ -65,6 +65,10 @@ def _title(record: dict[str, Any]) -> str:
     trace = "" if workload["name"] == means.replace(",", "") else f" ({workload['name']})"
     requests = "request" if count == 1 else "requests"
     return f"{record['model']} on {options['device']}, plan {options['plan']}, {count:,} {requests} of {means}{trace}"
+
+
+def _clock(megahertz: float | None) -> str:
+    return "" if megahertz is None else f", SMs at {megahertz:,.0f} MHz"
 
 
 def _rates(rates: dict[str, float]) -> str:

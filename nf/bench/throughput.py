@@ -27,7 +27,7 @@ class Run:
 
     Args:
         start, end: before the first request was given and after the last one was finished; monotonic clock, seconds.
-        watts: of the GPUs in between, on average; NaN if unknown.
+        watts, megahertz: of the GPUs and of their SMs in between, on average; NaN if unknown.
         outputs: of every request.
         steps: the engine's.
         batch: a step of the steady part.
@@ -38,6 +38,7 @@ class Run:
     start: float
     end: float
     watts: float
+    megahertz: float
     outputs: list[RequestOutput]
     steps: list[StepRecord]
     batch: Batch | None
@@ -78,7 +79,7 @@ def run(
         outputs = llm.generate(prompts, params, use_tqdm=show)
         end = time.monotonic()
     steps, batch = list(subject.log.records), subject.log.kept
-    return Run(start, end, meter.watts, outputs, steps, batch, subject.memory(), first_token)
+    return Run(start, end, meter.watts, meter.megahertz, outputs, steps, batch, subject.memory(), first_token)
 
 
 def results(
@@ -103,6 +104,7 @@ def results(
         "steady": None if middle is None else asdict(middle),
         "joules_per_token": run.watts * run.seconds / (in_ + out),
         "watts": run.watts,
+        "sm_megahertz": run.megahertz,
         "active_parameters": active_parameters(model),
         "ceilings": None if ceilings is None else _against(ceilings, subject, workload, total),
         **summaries(all_times),

@@ -60,6 +60,7 @@ def test_throughput_from_command_to_record(tmp_path: Path, capsys: pytest.Captur
     assert results["steps"]["count"] >= 6  # an output token is a step
     assert results["steps"]["count"] * results["steps"]["mean_tokens"] >= 96 + 4 * 5
     assert (results["joules_per_token"], results["watts"], results["ceilings"]) == (None, None, None)
+    assert results["sm_megahertz"] is None
     assert results["memory"]["gpu"] is None
     assert results["memory"]["host"] > 50 << 20
     startup = results["startup"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from nf.bench import card
 from nf.bench.latency import poisson_arrivals
 from nf.bench.metrics import summary, times
+from nf.bench.report import throughput_lines
 from nf.bench.roofline import Ceilings, Work, active_parameters, eq5, power_roofline, work
 from nf.bench.steps import StepRecord, steady
 from nf.bench.workload import Workload, constant
@@ -24,6 +27,7 @@ from nf.errors import NfError
 from nf.models.registry import declare
 from nf.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 
+RECORDS = Path(__file__).parents[2] / "docs/benchmarks"
 LLAMA_8B = ModelConfig(
     architecture="LlamaForCausalLM",
     vocab_size=128256,
@@ -189,6 +193,11 @@ class Nvml:
         result._obj.value = 700_000
         return 0
 
+    def nvmlDeviceGetClockInfo(self, _device: ctypes.c_void_p, clock: int, result: Any) -> int:  # noqa: N802
+        assert clock == 1  # that of the SMs
+        result._obj.value = 1470
+        return 0
+
     def nvmlDeviceGetMemoryInfo(self, _device: ctypes.c_void_p, result: Any) -> int:  # noqa: N802
         result._obj.used = 5 << 30
         return 0
@@ -223,6 +232,7 @@ def test_counters_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "_nvml", Nvml)
     assert (card.energy(), card.power_cap(0), card.memory_used(0)) == (123.456, 700.0, 5 << 30)
     assert card.driver_version() == "580.159.03"
+    assert card.sm_clock(0) == 1470.0
     assert math.isnan(card.energy(1))
     assert card.memory_used(1) is None
 
@@ -233,4 +243,13 @@ def test_a_machine_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "_driver", lambda _call: None)
     assert math.isnan(card.energy())
     assert math.isnan(card.power_cap())
+    assert math.isnan(card.sm_clock())
     assert (card.memory_used(), card.driver_version()) == (None, None)
+
+
+def test_what_a_run_drew_and_how_fast_it_ran_stand_together() -> None:
+    record = json.loads((RECORDS / "2026-11-29-h200-overlap-constant.json").read_text())
+    record["results"]["sm_megahertz"] = 1470.4
+    assert any(line.endswith("0.0244 J/token, 689 W, SMs at 1,470 MHz") for line in throughput_lines(record))
+    record["results"]["sm_megahertz"] = None
+    assert any(line.endswith("0.0244 J/token, 689 W") for line in throughput_lines(record))

@@ -21,6 +21,7 @@ def test_power_between_steps(monkeypatch: pytest.MonkeyPatch, offset: float) -> 
         return 1e4 + watts * step * math.floor((now[0] - offset) / step)
 
     monkeypatch.setattr(power, "energy", energy)
+    monkeypatch.setattr(power, "sm_clock", lambda ordinal: 1980 - 1000 * now[0] if ordinal == 3 else 0)
     monkeypatch.setattr(power, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     with power.PowerMeter(3) as meter:
         while now[0] < 0.4:
@@ -28,6 +29,7 @@ def test_power_between_steps(monkeypatch: pytest.MonkeyPatch, offset: float) -> 
     assert meter.watts == pytest.approx(watts, rel=0.03)
     assert meter.between(0.15, 0.35) == pytest.approx(watts, rel=0.06)
     assert math.isnan(meter.between(0.1, 0.12))
+    assert meter.megahertz == pytest.approx(1980 - 1000 * now[0] / 2, abs=60)
 
 
 @pytest.mark.parametrize("joules", [math.nan, 7.0])
