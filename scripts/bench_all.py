@@ -66,7 +66,7 @@ RUNS = (
         45,
     ),
     Run("profile", f"{NF} plan profile llama-3-8b --quick --profiles-dir {{out}} --plot {{out}}.svg", 110),
-    Run("partitions", f"{PYTHON} scripts/bench_partitions.py --json {{out}}.json", 35),
+    Run("partitions", f"{PYTHON} scripts/bench_partitions.py --json {{out}}.json", 80),
     Run("parity", f"{PYTHON} scripts/check_parity.py --json {{out}}.json llama qwen2 qwen3 mistral mixtral", 180),
     Run("soak", f"{PYTHON} scripts/soak.py nf-tiny --device cuda --seconds 600 --rate 100 --json {{out}}.json", 620),
 )

@@ -1,6 +1,6 @@
 """How fast SM partitions read memory, by which SMs they have.
 
-    python scripts/bench_partitions.py [--json FILE]      # on the GPU, needs cupy; half a minute
+    python scripts/bench_partitions.py [--json FILE]      # on the GPU, needs cupy; a minute and a half
 
 The driver gives SMs in groups of 8. A partition of 32 can be what it gives for that number, or a union of four groups:
 the first, every second, or four spread over the chip. Where they differ, groups share a part of the way to memory.
@@ -8,7 +8,6 @@ the first, every second, or four spread over the chip. Where they differ, groups
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from nf.bench.environment import environment, write_record
 from nf.bench.kernels import Bench
-from nf.bench.measure import measure, need_cupy
+from nf.bench.measure import need_cupy
 from nf.cli.files import check_writable
 from nf.cli.parser import CommandParser
 from nf.device_choice import need_gpu
@@ -24,12 +23,8 @@ from nf.errors import NfError
 from nf.graphs.partition import SmPartition, partitions
 from nf.kernels.device import checked
 from nf.kernels.registry import all_sources
-from nf.kernels.stream import StreamRead
 
 GROUP = 8  # SMs
-RINGS = ((4, 3), (2, 6), (1, 12))  # (warps, stages) of the read; the best counts
-WARM_SECONDS, RUN_SECONDS = 0.15, 0.2  # of each; few SMs do not reach the power limit
-BYTES = 2 << 30
 
 
 def unions(groups: int, count: int) -> Iterator[tuple[str, list[int]]]:
@@ -55,28 +50,14 @@ def arrangements(sms: int) -> Iterator[tuple[str, SmPartition]]:
         yield f"{name} {chosen}", SmPartition(sms, checked(driver.cuGreenCtxCreate(description, device, flags)))
 
 
-def read_rate(bench: Bench, memory: Any, partition: SmPartition) -> float:
-    """Bytes per second."""
-    best = 0.0
-    for warps, stages in RINGS:
-        read = StreamRead(bench.loader, warps=warps, stages=stages)
-
-        def call(stream: int, read: StreamRead = read) -> None:
-            read(memory.data.ptr, memory.nbytes, sms=partition.sms, stream=stream)
-
-        found = measure([call], warm=WARM_SECONDS, run=RUN_SECONDS, on=partition.stream())
-        best = max(best, memory.nbytes / found.seconds)
-    return best
-
-
 def rows(counts: Sequence[int]) -> Iterator[dict[str, Any]]:
     bench = Bench(all_sources())
-    memory = bench.normal(BYTES // 2)
-    rate = functools.partial(read_rate, bench, memory)
     for sms in counts:
-        for name, partition in arrangements(sms):
-            row = {"sms": partition.sms, "which": name, "bytes_per_second": rate(partition)}
-            print(f"{row['sms']:4} SMs, {name:44} {row['bytes_per_second'] / 1e12:.2f} TB/s", flush=True)
+        streams = [("no partition, so many CTAs", None)]
+        streams += [(name, partition.stream()) for name, partition in arrangements(sms)]
+        for name, stream in streams:
+            row = {"sms": sms, "which": name, "bytes_per_second": bench.read_rate(sms, stream)}
+            print(f"{sms:4} SMs, {name:44} {row['bytes_per_second'] / 1e12:.2f} TB/s", flush=True)
             yield row
 
 

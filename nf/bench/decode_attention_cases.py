@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nf.bench import gemm_cases
 from nf.bench.kernels import Bench, Row
 from nf.bench.measure import Call, measure
 from nf.kernels.decode_attention import DecodeAttention, DecodeShape
@@ -39,9 +40,10 @@ def sharegpt_like(count: int) -> list[int]:
 
 def _row(bench: Bench, case: str, heads: int, kv_lens: list[int], sms: int, floor: float) -> Row:
     work = sum(kv_lens) * KV_HEADS * HEAD_DIM * 2 * 2  # K and V, bf16
-    measured = measure(bench.rotate(lambda: call(bench, heads, kv_lens, sms), work))
-    reference = f"streaming read on {sms} SMs"
-    score = work / measured.seconds / bench.read_rate(sms)
+    on = None if sms == bench.sms else gemm_cases.partition_stream(sms)
+    measured = measure(bench.rotate(lambda: call(bench, heads, kv_lens, sms), work), on=on)
+    reference = f"streaming read on {'' if on is None else 'a partition of '}{sms} SMs"
+    score = work / measured.seconds / bench.read_rate(sms, on)
     return Row("decode_attention", case, measured, work, "B", reference, score, floor)
 
 

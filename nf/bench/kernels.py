@@ -75,26 +75,32 @@ class Bench:
         """Calls on enough sets of buffers that the L2 cache cannot hold what the next one reads."""
         return [make() for _ in range(max(1, math.ceil(at_least / bytes_per_call)))]
 
-    def read_rate(self, sms: int | None = None) -> float:
-        """Bytes per second of a pure streaming read on ``sms`` SMs: the best of a few rings."""
+    def read_rate(self, sms: int | None = None, on: int | None = None) -> float:
+        """Bytes per second of a pure streaming read on ``sms`` SMs: the best of a few rings.
+
+        Args:
+            sms: None is all.
+            on: stream of a partition of so many; None lets that many CTAs run anywhere.
+        """
         from nf.kernels import stream
 
-        key = sms or self.sms
+        sms = sms or self.sms
+        key = sms, on
         if key not in self._read_rates:
             memory = self.normal(1 << 30)  # 2 GiB
             best = 0.0
             for warps, stages in ((4, 3), (2, 6), (1, 12)):
                 read = stream.StreamRead(self.loader, warps=warps, stages=stages)
 
-                def call(on: int, read: Any = read) -> None:
-                    read(memory.data.ptr, memory.nbytes, sms=key, stream=on)
+                def call(stream: int, read: Any = read) -> None:
+                    read(memory.data.ptr, memory.nbytes, sms=sms, stream=stream)
 
-                best = max(best, memory.nbytes / measure([call]).seconds)
+                best = max(best, memory.nbytes / measure([call], on=on).seconds)
             self._read_rates[key] = best
         return self._read_rates[key]
 
     @cached_property
-    def _read_rates(self) -> dict[int, float]:
+    def _read_rates(self) -> dict[tuple[int, int | None], float]:
         return {}
 
     @property

@@ -45,7 +45,7 @@ class PowerMeter:
 
     @property
     def megahertz(self) -> float:
-        """Of the SMs, on average; NaN where ``watts`` is."""
+        """Of the SMs, on average over the counters' steps; NaN if there was none, or the driver does not tell."""
         return sum(self._clocks) / len(self._clocks) if self._clocks else math.nan
 
     def between(self, start: float, end: float) -> float:

@@ -184,6 +184,23 @@ def test_every_case_holds_on_to_its_memory(module: ModuleType, loader: Loader) -
     assert loader.launched
 
 
+@pytest.mark.usefixtures("loader")
+def test_attention_on_few_sms_and_the_read_beside_it_run_on_a_partition(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[int | None] = []
+    monkeypatch.setattr(gemm_cases, "partition_stream", lambda sms: STREAM + sms)
+    monkeypatch.setattr(decode_attention_cases, "call", lambda *_: lambda _stream: None)
+
+    def measure(_calls: list[Any], on: int | None = None) -> Measurement:
+        streams.append(on)
+        return Measurement(1e-3, 0.5)
+
+    monkeypatch.setattr(decode_attention_cases, "measure", measure)
+    monkeypatch.setattr(bench_kernels, "measure", measure)
+    list(decode_attention_cases.rows(Bench([])))
+    few = [on for on in streams if on is not None]
+    assert few == [STREAM + sms for sms in (16, 24, 32) for _ in range(1 + 3)]  # and three rings
+
+
 def test_the_layers_run_what_the_table_names(loader: Loader) -> None:
     list(gemm_cases.rows(Bench([])))
     layers = {(n, k) for shapes in gemm_cases.MODELS.values() for n, k in shapes.values()}

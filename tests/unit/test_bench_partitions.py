@@ -52,6 +52,18 @@ def test_every_union_has_as_many_groups_each_once(script: Any, sms: int) -> None
     assert "every second" in found[2][0] or sms > 64
 
 
+def test_every_partition_is_read_on_and_the_whole_gpu_beside_them(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = SimpleNamespace(read_rate=lambda sms, stream: sms * 1e11 + (stream or 0))
+    made = [("one", SimpleNamespace(stream=lambda: 7)), ("two", SimpleNamespace(stream=lambda: 8))]
+    monkeypatch.setattr(script, "Bench", lambda _sources: rates)
+    monkeypatch.setattr(script, "arrangements", lambda _sms: made)
+    found = list(script.rows([16, 24]))
+    assert [row["bytes_per_second"] - row["sms"] * 1e11 for row in found] == [0, 7, 8] * 2
+    assert "  24 SMs, one " in capsys.readouterr().out
+
+
 def test_what_is_no_multiple_of_a_group_is_refused(
     script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
