@@ -20,6 +20,7 @@ from typing import Any
 
 from nf.config import ModelConfig
 from nf.errors import PlanError
+from nf.files import write_whole
 from nf.graphs.pipeline_plan import PipelinePlan
 from nf.graphs.plan import load_plan
 from nf.kernels.compile import cache_dir
@@ -112,9 +113,9 @@ def save_plans(
     place, name = folder or user_folder(), f"{prefix(config, gpu)}{plans[0].dense_batch_size}"
     (place / name).parent.mkdir(parents=True, exist_ok=True)
     files = {place / "{}-d{}x{}.json".format(name, *plan.loads[0]): plan for plan in plans}
-    _write(place / f"{name}{MEASURED_SUFFIX}", json.dumps(measured, indent=1, allow_nan=False) + "\n")
+    write_whole(place / f"{name}{MEASURED_SUFFIX}", json.dumps(measured, indent=1, allow_nan=False) + "\n")
     for path, plan in files.items():
-        _write(path, plan.to_json())
+        write_whole(path, plan.to_json())
     for path in {*_files(place, name), *_files(place, f"{name}-d*")} - files.keys():
         path.unlink(missing_ok=True)  # another search may have been faster
     return list(files)
@@ -124,13 +125,6 @@ def _files(place: Path, pattern: str) -> list[Path]:
     """Plan files of a folder; none where one may not look."""
     found = (place / name for name in glob.glob(f"{pattern}.json", root_dir=place))  # Path.glob raises there
     return sorted(path for path in found if not path.name.endswith(MEASURED_SUFFIX) and os.path.isfile(path))
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _plain(text: str) -> str:

@@ -15,7 +15,6 @@ import json
 import logging
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nf.errors import InputError, NfError
+from nf.files import write_whole
 from nf.kernels.cubin import Resources, read_resources
 from nf.kernels.source import KernelSource
 
@@ -169,8 +169,8 @@ def _compile_locked(home: Path, source: KernelSource, arch: str) -> Artifact:
             "resources": [resource.to_dict() for resource in resources],
         }
         path = home / (source.name + SUFFIX[source.language])
-        _write_whole(path, binary)
-        _write_whole(path.with_suffix(".json"), json.dumps(record, indent=1).encode())
+        write_whole(path, binary)
+        write_whole(path.with_suffix(".json"), json.dumps(record, indent=1))
         return Artifact(source, path, resources)
 
 
@@ -212,11 +212,3 @@ def _lock(home: Path, name: str) -> Iterator[None]:
     with open(home / f".{name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Readers see the old file or the new one, never a part."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        file.write(data)
-    os.chmod(file.name, 0o755)
-    os.replace(file.name, path)

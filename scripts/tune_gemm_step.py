@@ -23,6 +23,7 @@ from tune_gemm import GROUPS, new_record, shortlist
 
 from nf.bench.gemm_cases import MODELS
 from nf.bench.steady_step import Load
+from nf.cli.files import check_writable
 from nf.cli.parser import CommandParser
 from nf.errors import InputError, NfError
 from nf.graphs.plan import PipelinePlan, load_plan
@@ -111,9 +112,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     try:
+        check_writable("--out", args.out)
         measure(args)
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
     except NfError as error:
         parser.exit(1, f"tune_gemm_step: {error}\n")
 

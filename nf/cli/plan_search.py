@@ -26,7 +26,8 @@ DESCRIPTION = """\
 Profile a model's nano-operations, look for the pipelines that should be the fastest (Stages I and
 II of NanoFlow, with power as a further resource), measure these and the sequential plan as whole
 steps at steady state, and keep the fastest for each load. From then on engines take it for steps
-like that load. "Do not overlap" is among the candidates, and wins where nothing is clearly faster.
+like that load; between the loads the profile says which of the plans that won is taken. "Do not
+overlap" is among the candidates, and wins where nothing is clearly faster.
 """
 
 EXAMPLES = """\

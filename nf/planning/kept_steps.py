@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
 from nf.errors import InputError, NfError
+from nf.files import write_whole
 from nf.graphs.pipeline_plan import PipelinePlan
 
 FORMAT_VERSION = 1
@@ -97,9 +97,7 @@ class KeptSteps:
             for (plan, load), measured in self._steps.items()
         ]
         document = {"version": FORMAT_VERSION, "on": asdict(self.on), "steps": steps}
-        part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(self._path)
+        write_whole(self._path, json.dumps(document, allow_nan=False) + "\n")
 
 
 def open_steps(path: Path, on: MeasuredOn, bench: StepBench) -> KeptSteps:

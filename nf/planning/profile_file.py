@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nf.errors import InputError, shown
+from nf.files import write_whole
 from nf.planning.profile import Profile, ProfileKey
 
 FORMAT_VERSION = 1
@@ -49,9 +49,7 @@ def save_profile(folder: Path, profile: Profile) -> Path:
     head = {"version": FORMAT_VERSION, "gpu": profile.key.gpu, "driver": profile.key.driver}
     document = head | {"kernels": profile.key.kernels, "models": models}
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(_compact(document), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, _compact(document))
     return path
 
 

@@ -87,3 +87,15 @@ def test_a_plan_that_cannot_be_tuned_is_refused_before_the_gpu_is_used(
     told = capsys.readouterr().err
     assert str(file) in told
     assert message in told
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_the_gpu_is_used(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "none" / "out.json"
+    arguments = ["tune_gemm_step", "llama-3-8b", "--plan", str(tmp_path / "plan.json"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 1
+    assert f"--out: {out} cannot be written: there is no folder" in capsys.readouterr().err
