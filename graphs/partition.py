@@ -20,9 +20,10 @@ from nf.kernels.device import CudaError, checked
 logger = logging.getLogger(__name__)
 
 Sms = int | Literal["all"]
-# CU_DEV_SM_RESOURCE_SPLIT_IGNORE_SM_COSCHEDULING: sizes in which not every SM may find partners for a cluster of more
-# than two CTAs, of which no kernel here has any. Taken where the driver gives a size in no other way.
-FINER = 1
+PAIR = 2  # SMs: what the driver gives at the finest, and what a cluster of two CTAs needs
+# CU_DEV_SM_RESOURCE_SPLIT_IGNORE_SM_COSCHEDULING: pairs, whose unions need not have room for clusters of more than two
+# CTAs. No kernel here has any.
+BY_PAIRS = 1
 
 
 class PartitionError(CudaError):
@@ -110,7 +111,10 @@ def _say_without(reason: str) -> None:
 
 @functools.cache
 def partitions(counts: tuple[int, ...], device: int = 0) -> tuple[SmPartition, ...]:
-    """Disjoint partitions of exactly these numbers of SMs.
+    """Disjoint partitions of exactly these numbers of SMs, each with SMs from all over the GPU.
+
+    SMs of a GPC share a way to memory, and what the driver gives in one piece lies in as few GPCs as possible: 20 SMs
+    of an H200 read 2.6 TB/s then, 3.9 where they are spread (docs/benchmarks/2026-11-29-h200-spread.md).
 
     Raises:
         InputError: the hardware cannot give one of them; the message names the nearest that it can.
@@ -122,44 +126,47 @@ def partitions(counts: tuple[int, ...], device: int = 0) -> tuple[SmPartition, .
 
     checked(driver.cuInit(0))
     handle = checked(driver.cuDeviceGet(device))
-    kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
-    left = checked(driver.cuDeviceGetDevResource(handle, kind))
-    groups = []
-    for index, sms in enumerate(counts):
-        rest = counts[index + 1 :]
-        if rest or left.sm.smCount != sms:
-            group, left = _split(left, sms)
-            groups.append(group)
-        else:
-            groups.append(left)
-    return tuple(_partition(group, handle) for group in groups)
+    left = sm_pairs(handle)
+    taken = {index: _take(left, counts[index]) for index in sorted(range(len(counts)), key=counts.__getitem__)}
+    return tuple(partition_of(taken[index], handle) for index in range(len(counts)))
 
 
-def _split(resource: Any, sms: int) -> tuple[Any, Any]:
-    """A group of ``sms`` SMs and the rest."""
+def sm_pairs(device: Any) -> list[Any]:
+    """All SMs of the GPU (CUdevResource), two by two where it gives so few, in the driver's order: it goes around the
+    GPCs, so neighbours in the list are not neighbours on the chip."""
     from cuda.bindings import driver
 
-    total = resource.sm.smCount
-    if not 0 < sms < total:
+    whole = checked(driver.cuDeviceGetDevResource(device, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM))
+    most = whole.sm.smCount // PAIR
+    pairs, count, rest = checked(driver.cuDevSmResourceSplitByCount(most, whole, BY_PAIRS, PAIR))
+    return [*pairs[:count], *([rest] if rest.sm.smCount else [])]
+
+
+def _take(pairs: list[Any], sms: int) -> list[Any]:
+    """Take from ``pairs`` so many that they have ``sms`` SMs together, evenly over the list."""
+    total = sum(pair.sm.smCount for pair in pairs)
+    if not 0 < sms <= total:
         raise InputError("sms", f"a partition of {sms} SMs cannot be split off the {total} that are left")
-    sizes = []
-    for flags in (0, FINER):
-        groups, _, rest = checked(driver.cuDevSmResourceSplitByCount(1, resource, flags, sms))
-        (group,) = groups
-        if group.sm.smCount == sms:
-            return group, rest
-        # The driver rounds a group up; the remainder may still have the very size that was asked for.
-        groups, _, other = checked(driver.cuDevSmResourceSplitByCount(1, resource, flags, total - sms))
-        if other.sm.smCount == sms:
-            return other, groups[0]
-        sizes += [group.sm.smCount, other.sm.smCount]
-    nearest = min(sizes, key=lambda count: abs(count - sms))
-    raise InputError("sms", f"this GPU cannot give a partition of {sms} SMs; the nearest it can is {nearest}")
+    if sms == total:
+        taken, pairs[:] = list(pairs), []
+        return taken
+    step = pairs[0].sm.smCount
+    if sms % step:
+        nearest = step * max(1, round(sms / step))
+        raise InputError("sms", f"this GPU cannot give a partition of {sms} SMs; the nearest it can is {nearest}")
+    count = sms // step
+    places = [index * len(pairs) // count for index in range(count)]
+    taken = [pairs[place] for place in places]
+    for place in reversed(places):
+        del pairs[place]
+    return taken
 
 
-def _partition(resource: Any, device: Any) -> SmPartition:
+def partition_of(pairs: Sequence[Any], device: Any) -> SmPartition:
+    """What several of ``sm_pairs`` make together."""
     from cuda.bindings import driver
 
-    description = checked(driver.cuDevResourceGenerateDesc([resource], 1))
+    description = checked(driver.cuDevResourceGenerateDesc(list(pairs), len(pairs)))
     flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
-    return SmPartition(resource.sm.smCount, checked(driver.cuGreenCtxCreate(description, device, flags)))
+    sms = sum(pair.sm.smCount for pair in pairs)
+    return SmPartition(sms, checked(driver.cuGreenCtxCreate(description, device, flags)))

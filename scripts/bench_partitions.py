@@ -2,8 +2,8 @@
 
     python scripts/bench_partitions.py [--json FILE]      # on the GPU, needs cupy; a minute and a half
 
-The driver gives SMs in groups of 8. A partition of 32 can be what it gives for that number, or a union of four groups:
-the first, every second, or four spread over the chip. Where they differ, groups share a part of the way to memory.
+The driver lists SMs in pairs. A partition of 20 can be what it gives for that number in one piece, or ten pairs: spread
+over the list, as plans have them, the first, or the last. Where they differ, SMs share a part of the way to memory.
 """
 
 from __future__ import annotations
@@ -20,34 +20,29 @@ from nf.cli.files import check_writable
 from nf.cli.parser import CommandParser
 from nf.device_choice import need_gpu
 from nf.errors import NfError
-from nf.graphs.partition import SmPartition, partitions
+from nf.graphs.partition import BY_PAIRS, PAIR, SmPartition, partition_of, partitions, sm_pairs
 from nf.kernels.device import checked
 from nf.kernels.registry import all_sources
 
-GROUP = 8  # SMs
 
-
-def unions(groups: int, count: int) -> Iterator[tuple[str, list[int]]]:
-    """Ways to take ``count`` of so many groups, by their indices."""
+def unions(pairs: int, count: int) -> Iterator[tuple[str, list[int]]]:
+    """Ways to take ``count`` of so many pairs, by their indices, beside the engine's own."""
     yield "the first", list(range(count))
-    yield "the last", list(range(groups - count, groups))
-    if 2 * count <= groups:
-        yield "every second", list(range(0, 2 * count, 2))
-    yield "spread", [index * groups // count for index in range(count)]
+    yield "the last", list(range(pairs - count, pairs))
 
 
 def arrangements(sms: int) -> Iterator[tuple[str, SmPartition]]:
     """(name, partition) of so many SMs."""
     from cuda.bindings import driver
 
-    yield "the driver's", partitions((sms,))[0]
+    yield "spread", partitions((sms,))[0]
     device = checked(driver.cuDeviceGet(0))
     whole = checked(driver.cuDeviceGetDevResource(device, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM))
-    groups, count, _ = checked(driver.cuDevSmResourceSplitByCount(whole.sm.smCount // GROUP, whole, 0, GROUP))
-    for name, chosen in unions(count, sms // GROUP):
-        description = checked(driver.cuDevResourceGenerateDesc([groups[index] for index in chosen], len(chosen)))
-        flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
-        yield f"{name} {chosen}", SmPartition(sms, checked(driver.cuGreenCtxCreate(description, device, flags)))
+    groups, *_ = checked(driver.cuDevSmResourceSplitByCount(1, whole, BY_PAIRS, sms))
+    yield "the driver's", partition_of(groups, device)
+    pairs = sm_pairs(device)
+    for name, chosen in unions(len(pairs), sms // PAIR):
+        yield name, partition_of([pairs[index] for index in chosen], device)
 
 
 def rows(counts: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -57,18 +52,18 @@ def rows(counts: Sequence[int]) -> Iterator[dict[str, Any]]:
         streams += [(name, partition.stream()) for name, partition in arrangements(sms)]
         for name, stream in streams:
             row = {"sms": sms, "which": name, "bytes_per_second": bench.read_rate(sms, stream)}
-            print(f"{sms:4} SMs, {name:44} {row['bytes_per_second'] / 1e12:.2f} TB/s", flush=True)
+            print(f"{sms:4} SMs, {name:28} {row['bytes_per_second'] / 1e12:.2f} TB/s", flush=True)
             yield row
 
 
 def main() -> int:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--sms", type=int, nargs="+", default=[16, 24, 32, 48], help="multiples of 8")
+    parser.add_argument("--sms", type=int, nargs="+", default=[12, 16, 20, 24, 32], help="even numbers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a record")
     args = parser.parse_args()
     for sms in args.sms:
-        if sms < GROUP or sms % GROUP:
-            parser.error(f"--sms: must be multiples of {GROUP}, not {sms}")
+        if sms < PAIR or sms % PAIR:
+            parser.error(f"--sms: must be even and at least {PAIR}, not {sms}")
     try:
         check_writable("--json", args.json)
         need_gpu()

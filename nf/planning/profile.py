@@ -20,7 +20,7 @@ from typing import Any, Literal
 from nf.errors import InputError, shown
 
 ROW_STEP = 128  # rows between measured batch sizes: one GEMM tile
-SM_STEP = 8  # SMs between partitions that the hardware can give
+SM_STEP = 4  # SMs between partitions that are tried; the hardware gives even numbers
 
 Sms = int | Literal["all"]
 """SMs of a partition, or "all": the whole GPU, shared with whatever else runs."""

@@ -1,7 +1,7 @@
 """Stage II of the search for the hardware at hand: which stream gets which SMs, and what comes of it.
 
 shares.py gives every nano-operation a share of its own, as the paper does. A GPU gives shares to streams: partitions
-of a multiple of 8 SMs that are held all the time, or none, where nano-operations of several streams share SMs as the
+of a multiple of 4 SMs that are held all the time, or none, where nano-operations of several streams share SMs as the
 hardware sees fit. These arrangements are few, so all that were measured are tried. For the most promising ones,
 structures are searched with durations as they will be under them, and every structure that was found is then replayed
 under every arrangement, with energy. Not to overlap at all is among the candidates.

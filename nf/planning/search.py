@@ -28,7 +28,7 @@ from nf.planning.resources import propose
 
 SEQUENTIAL = "sequential"
 WORTH = 0.003  # relative; two measurements of one plan differ by up to about as much
-PARTITION_SMS = 3 * SM_STEP  # of the partition that is measured where no other one was found worth it
+PARTITION_SMS = 5 * SM_STEP  # of the partition that is measured where no other one was found worth it
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,46 +9,42 @@ from typing import Any
 import pytest
 from test_bench_scripts import load_script
 
-GROUPS = 16
+PAIRS = 66
 
 
 class Driver:
-    """Groups of SMs are their numbers, and a context is the groups it was made of."""
+    """In one piece the driver gives what it wants."""
 
     CUdevResourceType = SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM=1)
-    CUgreenCtxCreate_flags = SimpleNamespace(CU_GREEN_CTX_DEFAULT_STREAM=1)
 
     cuDeviceGet = staticmethod(lambda ordinal: (0, ordinal))  # noqa: N815
-    cuDeviceGetDevResource = staticmethod(lambda *_: (0, SimpleNamespace(sm=SimpleNamespace(smCount=132))))  # noqa: N815
-    cuDevSmResourceSplitByCount = staticmethod(lambda count, *_: (0, list(range(count)), GROUPS, None))  # noqa: N815
-    cuDevResourceGenerateDesc = staticmethod(lambda groups, count: (0, (groups, count)))  # noqa: N815
-    cuGreenCtxCreate = staticmethod(lambda description, *_: (0, description))  # noqa: N815
+    cuDeviceGetDevResource = staticmethod(lambda *_: (0, "whole"))  # noqa: N815
+    cuDevSmResourceSplitByCount = staticmethod(lambda count, *_: (0, ["piece"] * count, count, None))  # noqa: N815
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A partition is the resources that it was made of."""
     bindings = ModuleType("cuda.bindings")
     bindings.driver = Driver  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     made = load_script("bench_partitions", monkeypatch)
-    monkeypatch.setattr(made, "partitions", lambda counts: [SimpleNamespace(sms=counts[0], context=None)])
+    monkeypatch.setattr(made, "partitions", lambda counts: [f"{counts[0]} SMs"])
+    monkeypatch.setattr(made, "sm_pairs", lambda _device: list(range(PAIRS)))
+    monkeypatch.setattr(made, "partition_of", lambda pairs, _device: pairs)
     monkeypatch.setattr(made, "checked", lambda answer: answer[1] if len(answer) == 2 else answer[1:])
     return made
 
 
-@pytest.mark.parametrize("sms", [8, 16, 32, 64, 128])
-def test_every_union_has_as_many_groups_each_once(script: Any, sms: int) -> None:
-    (_, own), *found = script.arrangements(sms)
-    assert own.sms == sms
-    for name, partition in found:
-        groups, count = partition.context
-        assert partition.sms == sms
-        assert len(set(groups)) == count == sms // 8, name
-        assert set(groups) <= set(range(GROUPS))
-    spread = found[-1][1].context[0]
-    gaps = [b - a for a, b in itertools.pairwise(spread)]
-    assert not gaps or max(gaps) - min(gaps) <= 1
-    assert "every second" in found[2][0] or sms > 64
+@pytest.mark.parametrize("sms", [2, 20, 132])
+def test_the_engines_partition_stands_beside_other_choices_of_as_many_sms(script: Any, sms: int) -> None:
+    found = dict(script.arrangements(sms))
+    assert found == {
+        "spread": f"{sms} SMs",
+        "the driver's": ["piece"],
+        "the first": list(range(sms // 2)),
+        "the last": list(range(PAIRS - sms // 2, PAIRS)),
+    }
 
 
 def test_every_partition_is_read_on_and_the_whole_gpu_beside_them(
@@ -64,10 +59,10 @@ def test_every_partition_is_read_on_and_the_whole_gpu_beside_them(
     assert "  24 SMs, one " in capsys.readouterr().out
 
 
-def test_what_is_no_multiple_of_a_group_is_refused(
+def test_an_odd_number_of_sms_is_refused(
     script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench_partitions", "--sms", "16", "12"])
+    monkeypatch.setattr(sys, "argv", ["bench_partitions", "--sms", "16", "13"])
     with pytest.raises(SystemExit):
         script.main()
-    assert "--sms: must be multiples of 8, not 12" in capsys.readouterr().err
+    assert "--sms: must be even and at least 2, not 13" in capsys.readouterr().err

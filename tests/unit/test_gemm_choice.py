@@ -38,7 +38,7 @@ def test_a_measured_point_gets_what_was_measured(entry: dict[str, int | str]) ->
 
 
 def test_no_cluster_needs_more_than_a_pair_of_sms() -> None:
-    """Partitions between the multiples of 8 SMs promise no more (nf.graphs.partition.FINER)."""
+    """Partitions promise no more (nf.graphs.partition.BY_PAIRS)."""
     assert max(config.cluster_size for config in (*configurations(), *GROUPED)) == 2
 
 

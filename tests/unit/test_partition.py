@@ -1,10 +1,11 @@
-"""SM partitions and lanes, on a double of a driver that gives SMs in groups of eight."""
+"""SM partitions and lanes, on a double of a driver that gives SMs in pairs."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from nf.graphs import partition
 from nf.graphs.partition import PartitionError, available_partitions, lanes, partitions, required_partitions
 from nf.graphs.pipeline_plan import Stream
 
-TOTAL, STEP, FINE_STEP = 132, 8, 2
+TOTAL = 132
 
 
 class Sms:
@@ -31,7 +32,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.refuses = 0
-        self.flags: list[int] = []
+        self.total = TOTAL
         self.streams: list[tuple[list[int] | None, int]] = []  # SMs, None for all of them, and priority
         self.CUdevResourceType = SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM=1)
         self.CUgreenCtxCreate_flags = SimpleNamespace(CU_GREEN_CTX_DEFAULT_STREAM=1)
@@ -44,19 +45,16 @@ class Driver:
         return status(0), ordinal
 
     def cuDeviceGetDevResource(self, _device: int, _kind: int) -> Any:  # noqa: N802
-        return status(0), Sms(range(TOTAL))
+        return status(0), Sms(range(self.total))
 
     def cuDevSmResourceSplitByCount(self, count: int, resource: Sms, flags: int, least: int) -> Any:  # noqa: N802
-        assert count == 1
-        self.flags.append(flags)
-        step = FINE_STEP if flags == partition.FINER else STEP
-        size = -(-least // step) * step
-        return status(0), [Sms(resource.members[:size])], 1, Sms(resource.members[size:])
+        assert (flags, least) == (partition.BY_PAIRS, partition.PAIR)
+        groups = [Sms(resource.members[2 * i : 2 * i + 2]) for i in range(count)]
+        return status(0), groups, count, Sms(resource.members[2 * count :])
 
     def cuDevResourceGenerateDesc(self, resources: list[Sms], count: int) -> Any:  # noqa: N802
-        (resource,) = resources
-        assert count == 1
-        return status(0), resource
+        assert count == len(resources)
+        return status(0), Sms([sm for resource in resources for sm in resource.members])
 
     def cuGreenCtxCreate(self, resource: Sms, _device: int, _flags: int) -> Any:  # noqa: N802
         return status(0), resource
@@ -94,18 +92,11 @@ def stream(name: str, sms: Any, priority: int = 0) -> Stream:
     return Stream(name, (), sms=sms, priority=priority)
 
 
-@pytest.mark.parametrize("counts", [(104, 28), (100, 32), (28, 104), (48,), (132,), (40, 48, 44), (8, 16, 24, 84)])
-def test_sizes_that_the_driver_gives_are_co_scheduled(driver: Driver, counts: tuple[int, ...]) -> None:
-    partitions(counts)
-    assert set(driver.flags) <= {0}
-
-
 @pytest.mark.parametrize(
     "counts", [(104, 28), (28, 104), (48,), (132,), (40, 48, 44), (8, 16, 24, 84), (112, 20), (20, 112), (6, 126)]
 )
 @pytest.mark.usefixtures("driver")
 def test_groups_are_disjoint_and_of_the_sizes_asked_for(counts: tuple[int, ...]) -> None:
-    """Also what is no multiple of eight, as long as it is what others leave."""
     made = partitions(counts)
     assert tuple(group.sms for group in made) == counts
     members = [sm for group in made for sm in group.context.members]
@@ -113,13 +104,33 @@ def test_groups_are_disjoint_and_of_the_sizes_asked_for(counts: tuple[int, ...])
     assert partitions(counts) is made
 
 
+@pytest.mark.parametrize("sms", [8, 20, 24, 32, 48])
+@pytest.mark.usefixtures("driver")
+def test_a_partition_is_spread_over_the_gpu_and_leaves_what_others_need(sms: int) -> None:
+    small, rest = (group.context.members for group in partitions((sms, TOTAL - sms)))
+    gaps = [b - a for a, b in pairwise(small[::2])]
+    assert max(gaps) - min(gaps) <= 2
+    assert max(gaps) <= TOTAL / sms * 2 + 2
+    assert [sm for pair in zip(small[::2], small[1::2], strict=True) for sm in pair] == small
+    assert all(b == a + 1 and a % 2 == 0 for a, b in zip(small[::2], small[1::2], strict=True))
+    assert sorted(small + rest) == list(range(TOTAL))
+
+
+def test_the_odd_sm_goes_to_who_takes_all_that_is_left(driver: Driver) -> None:
+    driver.total = 115
+    assert [group.sms for group in partitions((16, 99))] == [16, 99]
+    assert sorted(sm for group in partitions((16, 99)) for sm in group.context.members) == list(range(115))
+
+
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ((101, 31), r"^sms: this GPU cannot give a partition of 101 SMs; the nearest it can is 10[02]$"),
+        ((101, 31), r"^sms: this GPU cannot give a partition of 31 SMs; the nearest it can is 3[02]$"),
+        ((1, 100), r"^sms: this GPU cannot give a partition of 1 SMs; the nearest it can is 2$"),
         ((104, 17), r"^sms: this GPU cannot give a partition of 17 SMs; the nearest it can is 1[68]$"),
-        ((132, 8), r"^sms: a partition of 132 SMs cannot be split off the 132 that are left$"),
-        ((104, 40), r"^sms: a partition of 40 SMs cannot be split off the 28 that are left$"),
+        ((132, 8), r"^sms: a partition of 132 SMs cannot be split off the 124 that are left$"),
+        ((104, 40), r"^sms: a partition of 104 SMs cannot be split off the 92 that are left$"),
+        ((0, 8), r"^sms: a partition of 0 SMs cannot be split off the 132 that are left$"),
     ],
 )
 @pytest.mark.usefixtures("driver")

@@ -65,10 +65,10 @@ def test_every_operation_is_measured_where_plans_can_put_it(name: str, extent: o
     assert {lane_of(by_name[b[0]]) for _, b in pairs} == {"memory"}
 
 
-def test_the_full_extent_goes_in_steps_of_128_rows_and_8_sms() -> None:
+def test_the_full_extent_goes_in_steps_of_128_rows_and_4_sms() -> None:
     extent = full_extent(2048, SMS)
     assert extent.rows == tuple(range(128, 2049, 128))
-    assert extent.memory_sms == tuple(range(8, 65, 8))
+    assert extent.memory_sms == (8, 12, 16, 20, 24, 28, 32, 48)
     assert extent.compute_sms == tuple(SMS - sms for sms in extent.memory_sms)
     assert quick_extent(2048, SMS).rows == (256, 512, 1024, 2048)
 

@@ -65,7 +65,7 @@ def test_the_baselines_are_the_ablation_and_all_are_valid() -> None:
         "sequential",
         "nano-batches, not overlapped",
         "nano-batches, co-resident",
-        "nano-batches, 24 SMs for memory",
+        "nano-batches, 20 SMs for memory",
     ]
     for plan, _ in plans:
         validate(plan, OPERATIONS, gpu_sms=SMS)
@@ -105,14 +105,14 @@ def test_sequential_stays_unless_another_is_clearly_faster(gain: float) -> None:
 
 def by_load(plan: PipelinePlan, load: Load) -> float:
     """Two plans win one load each, and lose much at the others; sequential is the fastest at the first."""
-    winner = {MIXES[1]: "nano-batch", MIXES[2]: "nano-batch, 24 SMs for memory"}.get(load)
+    winner = {MIXES[1]: "nano-batch", MIXES[2]: "nano-batch, 20 SMs for memory"}.get(load)
     return 0.9 if plan.name == winner else 1.0 if plan.name == "sequential" else 1.5
 
 
 def test_each_load_has_a_winner_of_its_own() -> None:
     bench = TableBench(by_load)
     found = search(without_profile(MIXES), MIXES, bench)
-    assert names(found) == ["sequential", "nano-batch", "nano-batch, 24 SMs for memory"]
+    assert names(found) == ["sequential", "nano-batch", "nano-batch, 20 SMs for memory"]
     assert bench.measured[4:] == names(found)  # once more, each once
     loads = record(found, [None] * 3, {"model": "m", "gpu": "g"})["loads"]
     assert [load["chosen"] for load in loads] == names(found)
@@ -121,7 +121,7 @@ def test_each_load_has_a_winner_of_its_own() -> None:
     assert [line.strip() for line in text if "fastest" in line] == [
         f"fastest: sequential; no other plan is faster by more than {100 * WORTH:g} %",
         "fastest: nano-batch, 11.1 % over sequential",
-        "fastest: nano-batch, 24 SMs for memory, 11.1 % over sequential",
+        "fastest: nano-batch, 20 SMs for memory, 11.1 % over sequential",
     ]
 
 
@@ -133,14 +133,14 @@ def test_a_plan_that_won_no_load_may_win_one_by_the_second_measurement() -> None
         return next(late.get((plan.name, load), iter([by_load(plan, load)])))
 
     found = search(without_profile(MIXES), MIXES, TableBench(seconds))
-    assert names(found) == ["nano-batch", "nano-batch", "nano-batch, 24 SMs for memory"]
+    assert names(found) == ["nano-batch", "nano-batch", "nano-batch, 20 SMs for memory"]
     assert found.best[0].measured[0].seconds == pytest.approx(0.95)
 
 
 def test_a_plan_measured_once_is_not_chosen() -> None:
     """Also where the winner is slower the second time: that it was not measured again is its luck."""
     again = iter([0.9, 1.0])
-    once = {"nano-batch, 24 SMs for memory": 0.92}
+    once = {"nano-batch, 20 SMs for memory": 0.92}
     found = search(
         without_profile(),
         [LOAD],
@@ -172,7 +172,7 @@ def test_a_gain_that_does_not_come_again_is_none() -> None:
 
 def test_a_gain_that_cannot_be_measured_again_is_none() -> None:
     def seconds(plan: PipelinePlan, load: Load) -> float:
-        if bench.measured.count("nano-batch, 24 SMs for memory") > 1:
+        if bench.measured.count("nano-batch, 20 SMs for memory") > 1:
             raise DeviceMemoryError("no memory left")
         return by_load(plan, load)
 
