@@ -191,6 +191,7 @@ def _candidates(
     """What is worth measuring and the profile that says so; the user's files are read before the GPU is used."""
     from nf.graphs.plan import load_plan
     from nf.graphs.plan_store import shape_name
+    from nf.planning.kept_steps import plain
     from nf.planning.profile_file import read_profile
     from nf.planning.search import candidates
 
@@ -212,7 +213,11 @@ def _candidates(
             _say(args, f"the profile ends at {largest:,} rows; what is beyond is extrapolated")
         if count:
             _say(args, "Stages I and II")
-    return profile, candidates(model, profile, loads, gpu_sms, count=count, seconds=args.seconds, more=more)
+    wanted = candidates(model, profile, loads, gpu_sms, count=count, seconds=args.seconds, more=more)
+    if args.measured is not None:
+        known = set(map(plain, where.plans))
+        wanted = [each for number, each in enumerate(wanted) if not number or plain(each.plan) in known]
+    return profile, wanted
 
 
 def _write_plans(folder: Path, wanted: list[Candidate]) -> None:

@@ -76,7 +76,7 @@ class KeptSteps:
         Raises:
             NfError: the file has too few measurements of the plan, and there is nothing to make them with.
         """
-        known, time = self._known(plan), self._asked[_plain(plan)]
+        known, time = self._known(plan), self._asked[plain(plan)]
         missing = [load for load in loads if len(self._steps.get((known, load), ())) <= time]
         if missing:
             if self._bench is None:
@@ -84,12 +84,12 @@ class KeptSteps:
             for load, found in zip(missing, self._bench.measure(plan, missing), strict=True):
                 self._steps.setdefault((known, load), []).append(found)
             self._save()
-        self._asked[_plain(plan)] += 1
+        self._asked[plain(plan)] += 1
         return [self._steps[known, load][time] for load in loads]
 
     def _known(self, plan: PipelinePlan) -> PipelinePlan:
         """The plan under the name that it has in the file."""
-        return next((other for other in self.plans if _plain(other) == _plain(plan)), plan)
+        return next((other for other in self.plans if plain(other) == plain(plan)), plan)
 
     def _save(self) -> None:
         steps = [
@@ -149,7 +149,7 @@ def _steps(steps: Iterable[dict[str, Any]]) -> Steps:
     }
 
 
-def _plain(plan: PipelinePlan) -> PipelinePlan:
+def plain(plan: PipelinePlan) -> PipelinePlan:
     """What of a plan decides how fast it is."""
     return replace(plan, name="", model=None, gpu=None, loads=())
 

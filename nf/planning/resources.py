@@ -1,7 +1,7 @@
 """Stage II of the search for the hardware at hand: which stream gets which SMs, and what comes of it.
 
 shares.py gives every nano-operation a share of its own, as the paper does. A GPU gives shares to streams: partitions
-of a multiple of 4 SMs that are held all the time, or none, where nano-operations of several streams share SMs as the
+of an even number of SMs that are held all the time, or none, where nano-operations of several streams share SMs as the
 hardware sees fit. These arrangements are few, so all that were measured are tried. For the most promising ones,
 structures are searched with durations as they will be under them, and every structure that was found is then replayed
 under every arrangement, with energy. Not to overlap at all is among the candidates.
@@ -17,12 +17,13 @@ from itertools import product
 from time import monotonic
 
 from nf.graphs.builtin import lane_of, sequential_plan
+from nf.graphs.partition import PAIR
 from nf.graphs.plan import PipelinePlan
 from nf.models.operations import Operation
 from nf.planning.interference import Curve, CurvePoint, curve
 from nf.planning.nano_layer import COMPUTE, BatchShape, CostOf, profiled_costs
 from nf.planning.overlap import Arrangement, Steady, replay
-from nf.planning.profile import SM_STEP, Cost, Profile, Sms
+from nf.planning.profile import Cost, Profile, Sms
 from nf.planning.structure import Structure, search_structures, structure_bound
 
 PROMISING = 1.05  # times the sequential period; predictions are wrong by some per cent
@@ -182,13 +183,13 @@ def _shared(curves: Mapping[str, Curve]) -> Iterable[Arrangement]:
 def _partitioned(curves: Mapping[str, Curve], gpu_sms: int) -> Iterable[Arrangement]:
     """With a partition for every lane; compute-bound operations have what is left."""
     points: dict[str, list[tuple[int, CurvePoint]]] = {
-        lane: [(point.sms, point) for point in curve if point.sms != "all" and point.sms % SM_STEP == 0]
+        lane: [(point.sms, point) for point in curve if point.sms != "all" and point.sms % PAIR == 0]
         for lane, curve in curves.items()
     }
     for chosen in product(*points.values()):
         taken = dict(zip(curves, (sms for sms, _ in chosen), strict=True))
         left = gpu_sms - sum(taken.values())
-        if left < SM_STEP:
+        if left < PAIR:
             continue
         name = " and ".join(f"{sms} SMs for {lane}" for lane, sms in taken.items())
         sms: dict[str, Sms] = {COMPUTE: left, **taken}

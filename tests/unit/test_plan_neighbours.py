@@ -27,13 +27,13 @@ def cut_plan(memory_sms: int, cut: int) -> PipelinePlan:
 def test_neighbours_are_a_step_away_and_valid() -> None:
     near = list(neighbours(cut_plan(24, 512)))
     sizes = {(plan.streams[1].sms, plan.nano_batches[0][1]) for plan in near}
-    assert sizes == {(16, 512), (32, 512), (24, 256), (24, 768)}
+    assert sizes == {(20, 512), (28, 512), (24, 256), (24, 768)}
     for plan in near:
         validate(plan, OPERATIONS, gpu_sms=SMS)
         assert sum(int(stream.sms) for stream in plan.streams) == SMS
     assert len({plan.name for plan in near}) == 4
-    at_the_end = {(plan.streams[1].sms, plan.nano_batches[0][1]) for plan in neighbours(cut_plan(8, 1900))}
-    assert at_the_end == {(16, 1900), (8, 1644)}
+    at_the_end = {(plan.streams[1].sms, plan.nano_batches[0][1]) for plan in neighbours(cut_plan(4, 1900))}
+    assert at_the_end == {(8, 1900), (4, 1644)}
     compute, memory = cut_plan(24, 512).streams
     others = (replace(compute, nano_operations=compute.nano_operations[:-1]), memory)
     third = Stream("third", compute.nano_operations[-1:], sms=8)
@@ -45,7 +45,7 @@ def test_neighbours_are_a_step_away_and_valid() -> None:
 
 
 def test_what_is_close_to_a_winner_is_measured_as_well() -> None:
-    start, best = cut_plan(24, 1024), cut_plan(16, 1024)
+    start, best = cut_plan(20, 1024), cut_plan(16, 1024)
 
     def seconds(plan: PipelinePlan, _: Load) -> float:
         nameless = replace(plan, name=start.name)
@@ -74,7 +74,7 @@ def test_a_neighbour_that_was_measured_already_is_not_measured_again() -> None:
         return [Candidate(each, "neighbour", (None,)) for each in near]
 
     def seconds(plan: PipelinePlan, _: Load) -> float:
-        return 0.9 if plan.nano_batches[0][1] == 1024 and plan.streams[-1].sms == 24 else 1.0
+        return 0.9 if plan.nano_batches[0][1] == 1024 and plan.streams[-1].sms == 20 else 1.0
 
     found = search(wanted, [LOAD], TableBench(seconds), vary=vary)
-    assert len(found.results) == known + 3  # two other cuts and 32 SMs; 16 SMs were given
+    assert len(found.results) == known + 3  # two other cuts and 24 SMs; 16 SMs were given

@@ -177,6 +177,22 @@ def test_what_was_measured_on_one_machine_is_told_and_stored_on_another(
         nf("search", "llama-3-8b", "--measured", str(steps), "--no-store")
 
 
+@pytest.mark.usefixtures("gpu")
+def test_plans_that_a_file_of_steps_does_not_have_are_no_candidates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = tmp_path / "steps.json"
+    argv = ("search", "llama-3-8b", "--count", "0", "--no-store", "-q", "--json")
+    assert nf(*argv, "--results", str(steps)) == 0
+    every = [plan["name"] for plan in json.loads(capsys.readouterr().out)["plans"]]
+    kept = json.loads(steps.read_text())
+    gone = "nano-batch, one stream"
+    kept["steps"] = [step for step in kept["steps"] if step["plan"]["name"] != gone]
+    steps.write_text(json.dumps(kept))
+    assert nf(*argv, "--measured", str(steps)) == 0
+    assert [plan["name"] for plan in json.loads(capsys.readouterr().out)["plans"]] == [n for n in every if n != gone]
+
+
 def test_a_search_that_was_cut_short_chooses_nothing_it_has_not_measured_twice(
     gpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,11 +296,11 @@ def test_what_is_left_of_a_profile_is_what_is_still_open(
     out, err = capsys.readouterr()
     stored = read_profile(profiles / KEY.file_name, shape_name(MODEL.config))
     measured = len(stored.solos) + len(stored.co_runs)
-    assert f"{measured} points measured, {162 - measured} could not be, 0 known before\n" in out
-    assert 0 < measured < 162
-    assert "162 of 162 points" in err
+    assert f"{measured} points measured, {188 - measured} could not be, 0 known before\n" in out
+    assert 0 < measured < 188
+    assert "188 of 188 points" in err
     assert nf("profile", "llama-3-8b", "--quick", "-q") == 0
-    assert f"0 points measured, {162 - measured} could not be, {measured} known before\n" in capsys.readouterr().out
+    assert f"0 points measured, {188 - measured} could not be, {measured} known before\n" in capsys.readouterr().out
 
     now, took = [0.0], ProfileBench._count
 
@@ -296,7 +312,7 @@ def test_what_is_left_of_a_profile_is_what_is_still_open(
     monkeypatch.setattr(profiling, "monotonic", lambda: now[0])
     (profiles / KEY.file_name).unlink()
     assert nf("profile", "llama-3-8b", "--quick", "-q", "--seconds", "150") == 0
-    assert " could not be, 0 known before; 12 left: run it again to go on\n" in capsys.readouterr().out
+    assert " could not be, 0 known before; 38 left: run it again to go on\n" in capsys.readouterr().out
 
 
 def test_profiles_are_kept_where_they_are_wanted(
@@ -305,11 +321,11 @@ def test_profiles_are_kept_where_they_are_wanted(
     folder = tmp_path / "some" / "where"
     argv = ("profile", "llama-3-8b", "--quick", "-q", "--profiles-dir", str(folder))
     assert nf(*argv) == 0
-    assert capsys.readouterr().out.splitlines() == ["162 points measured, 0 known before", str(folder / KEY.file_name)]
-    assert len(read_profile(folder / KEY.file_name, shape_name(MODEL.config)).solos) == 142
+    assert capsys.readouterr().out.splitlines() == ["188 points measured, 0 known before", str(folder / KEY.file_name)]
+    assert len(read_profile(folder / KEY.file_name, shape_name(MODEL.config)).solos) == 164
     assert not profiles.exists()
     assert nf(*argv) == 0
-    assert "0 points measured, 162 known before" in capsys.readouterr().out
+    assert "0 points measured, 188 known before" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"^--profiles-dir: .* cannot be a folder: File exists"):
         nf(*argv[:-1], str(folder / KEY.file_name))
 
@@ -346,9 +362,9 @@ def test_a_profile_that_is_ended_is_kept_and_gone_on_with(
     assert nf("profile", "llama-3-8b", "--quick") == 0
     out, err = capsys.readouterr()
     assert "known before\n" in out
-    assert f"{162 - 29} of {162 - 29} points" in err or f"{162 - 30} of {162 - 30} points" in err
+    assert f"{188 - 29} of {188 - 29} points" in err or f"{188 - 30} of {188 - 30} points" in err
     stored = read_profile(file, shape_name(MODEL.config))
-    assert (len(stored.solos), len(stored.co_runs)) == (142, 20)
+    assert (len(stored.solos), len(stored.co_runs)) == (164, 24)
 
 
 def test_predictions_need_no_gpu(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -452,7 +468,7 @@ def test_a_missing_solver_is_told_before_anything_is_measured(gpu: Path, monkeyp
 
 def test_a_stored_profile_is_drawn(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert nf("profile", "llama-3-8b", "--profile", profile, "--plot", str(tmp_path / "c.svg")) == 0
-    assert "142 points alone and 20 pairs" in capsys.readouterr().out
+    assert "164 points alone and 24 pairs" in capsys.readouterr().out
     assert "24 SMs" in (tmp_path / "c.svg").read_text()
 
 

@@ -291,7 +291,7 @@ def test_only_what_the_hardware_can_give_is_considered() -> None:
     names = {arrangement.name for arrangement in arrangements(profile, LLAMA)}
     assert "co-resident" in names
     odd = next(pair for pair in profile.co_runs.values() if pair.second.sms == 16)
-    profile.add(replace(odd, first=replace(odd.first, sms=120), second=replace(odd.second, sms=12, seconds=1e-9)))
+    profile.add(replace(odd, first=replace(odd.first, sms=119), second=replace(odd.second, sms=13, seconds=1e-9)))
     assert {arrangement.name for arrangement in arrangements(profile, LLAMA)} <= names
     profile.co_runs.clear()
     assert arrangements(profile, LLAMA) == []
