@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nf.errors import InputError
-from nf.graphs.pipeline_plan import Stream
+from nf.graphs.pipeline_plan import PAIR, Stream
 from nf.kernels import device as cuda
 from nf.kernels.device import CudaError, checked
 
 logger = logging.getLogger(__name__)
 
 Sms = int | Literal["all"]
-PAIR = 2  # SMs: what the driver gives at the finest, and what a cluster of two CTAs needs
 # CU_DEV_SM_RESOURCE_SPLIT_IGNORE_SM_COSCHEDULING: pairs, whose unions need not have room for clusters of more than two
 # CTAs. No kernel here has any.
 BY_PAIRS = 1

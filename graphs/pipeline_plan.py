@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 from nf.errors import PlanError
 
 FORMAT_VERSION = 1
+PAIR = 2  # SMs that the hardware gives together: partitions have even numbers of them
 
 Value = TypeVar("Value")
 

@@ -2,9 +2,10 @@
 
 Requests of every kind arrive at random, faster than they are served. Some are aborted, or nobody waits for them any
 more, while they are made ready, wait, read their prompt, write or stand preempted. The KV cache is too small for those
-that run, and the host's pages for those that are preempted, so that some are swapped and some recomputed; few tokens
-fit in a step, so that prompts are read in chunks. Between bursts the engine is left alone until it is idle: pages must
-then be free as they were at the beginning, and file descriptors, threads and memory must not have grown.
+that run, and the host's pages for those that are preempted: who is preempted is swapped while they last, whatever it
+costs, and recomputed after that. Few tokens fit in a step, so that prompts are read in chunks. Between bursts the
+engine is left alone until it is idle: pages must then be free as they were at the beginning, and file descriptors,
+threads and memory must not have grown.
 
     python scripts/soak.py nf-tiny --seconds 30
     python scripts/soak.py nf-tiny --device cuda --rate 100
@@ -308,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         longest = args.max_prompt + args.max_tokens
         options = {"max_num_batched_tokens": DENSE_BATCH_SIZE, "max_model_len": longest, **engine_options(args)}
         pages = SEQUENCES * -(-longest // options.get("page_size", 16))
-        options = {"num_pages": pages, "num_host_pages": pages // 6, **options}
+        options = {"num_pages": pages, "num_host_pages": pages // 6, "preemption": "swap", **options}
         with named_by_flag():
             options |= {"random_weights": args.random_weights, "skip_tokenizer_init": True}
             return 0 if asyncio.run(soak(args.model, options, args)) else 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from nf.graphs.pipeline_plan import PipelinePlan
     from nf.kernels.device import Device
     from nf.models.declaration import Model
-    from nf.planning.kept_steps import MeasuredOn, StepBench
+    from nf.planning.kept_steps import KeptSteps, MeasuredOn, StepBench
     from nf.planning.profile import Profile
     from nf.planning.search import Candidate, Search
 
@@ -60,7 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--count", type=int, default=6, metavar="K", help="plans of Stages I and II to measure (default 6)")
     add("--seconds", type=float, default=100.0, metavar="S", help="for Stages I and II (default 100)")
-    add("--add", action="append", default=[], metavar="FILE", help="measure this plan too; may be repeated")
+    add(
+        "--add",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="measure this plan too, at those of the loads that it names or else at all; may be repeated",
+    )
     add("--quick", action="store_true", help="profile in at most 3 minutes, and measure each step for 0.7 s, not 2 s")
     add("--profile", metavar="FILE", help="take this profile and measure no nano-operation")
     add("--predict-only", action="store_true", help="measure no step; with --profile no GPU is needed")
@@ -87,13 +92,13 @@ class _Where:
         device: None where nothing is measured now.
         on: what measured steps are valid for; None without a GPU and without such steps.
         bench: None where steps are predicted only.
-        plans: that were measured before.
+        kept: steps that were measured before, the only ones there are.
     """
 
     device: Device | None = None
     on: MeasuredOn | None = None
     bench: StepBench | None = None
-    plans: Sequence[PipelinePlan] = ()
+    kept: KeptSteps | None = None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         loads = all_loads(args.dense_batch_size, args.input_len, args.output_len, args.decode_share, room)
     profile, wanted = _candidates(args, model, loads, where)
     if args.plans_dir is not None:
-        _write_plans(Path(args.plans_dir), wanted)
+        _write_plans(Path(args.plans_dir), wanted, loads)
     if args.predict_only:
         result = _predicted(args, model, profile, wanted, loads)
     else:
@@ -160,7 +165,7 @@ def _where(args: argparse.Namespace, model: Model) -> _Where:
 
     if args.measured is not None:
         kept = read_steps(Path(args.measured), shape_name(model.config))
-        return _Where(on=kept.on, bench=kept, plans=kept.plans)
+        return _Where(on=kept.on, bench=kept, kept=kept)
     if args.predict_only and args.profile is not None:
         return _Where()
     device = the_gpu(model)
@@ -191,7 +196,6 @@ def _candidates(
     """What is worth measuring and the profile that says so; the user's files are read before the GPU is used."""
     from nf.graphs.plan import load_plan
     from nf.graphs.plan_store import shape_name
-    from nf.planning.kept_steps import plain
     from nf.planning.profile_file import read_profile
     from nf.planning.search import candidates
 
@@ -203,7 +207,8 @@ def _candidates(
         assert profile is not None  # without a GPU there is one, or what was measured
         gpu_sms = profile.gpu_sms
     more = [load_plan(file, model.operations, size, gpu_sms=gpu_sms) for file in args.add]
-    more += [plan for plan in where.plans if plan.dense_batch_size == size]
+    if where.kept is not None:
+        more += [plan for plan in where.kept.plans if plan.dense_batch_size == size]
     if profile is None and where.device is not None and count:
         _say(args, "profiling nano-operations")
         profile = measured_profile(model, where.device, size, quick=args.quick, quiet=args.quiet)[0]
@@ -214,15 +219,19 @@ def _candidates(
         if count:
             _say(args, "Stages I and II")
     wanted = candidates(model, profile, loads, gpu_sms, count=count, seconds=args.seconds, more=more)
-    if args.measured is not None:
-        known = set(map(plain, where.plans))
-        wanted = [each for number, each in enumerate(wanted) if not number or plain(each.plan) in known]
+    if where.kept is not None:
+        sequential, *others = [replace(each, at=where.kept.at(each.plan, loads)) for each in wanted]
+        wanted = [replace(sequential, at=None), *(each for each in others if each.at)]
     return profile, wanted
 
 
-def _write_plans(folder: Path, wanted: list[Candidate]) -> None:
+def _write_plans(folder: Path, wanted: list[Candidate], loads: list[Load]) -> None:
+    """Each with the loads at which it is worth measuring; with none if that is at all of them."""
+    from nf.planning.loads import made_for
+
     for number, candidate in enumerate(wanted):
-        (folder / f"{number:02}.json").write_text(candidate.plan.to_json(), encoding="utf-8")
+        at = tuple(made_for(loads[load]) for load in candidate.at or ())
+        (folder / f"{number:02}.json").write_text(replace(candidate.plan, loads=at).to_json(), encoding="utf-8")
 
 
 def _measured(
@@ -279,7 +288,7 @@ def _plot(args: argparse.Namespace, model: Model, device: Device, found: Search)
     from nf.planning.usage_picture import traced, usage_picture
 
     before = found.sequential.candidate
-    gains = [1 - best.ratios(found.sequential)[number] for number, best in enumerate(found.best)]
+    gains = [1 - best.ratio(found.sequential, number) for number, best in enumerate(found.best)]
     number = gains.index(max(gains))
     after, load = found.best[number].candidate, found.loads[number]
     if after.plan == before.plan:

@@ -78,9 +78,9 @@ def _bias(result: Result, apart: Mapping[int, float]) -> float:
     """Measured over predicted time, the mean over the loads, the near ones counting most (inverse squares): what the
     profile does not know of a plan at these it will not know in between."""
     known = [
-        (1 / distance**2, result.measured[number].seconds / predicted.seconds)
+        (1 / distance**2, measured.seconds / predicted.seconds)
         for number, distance in apart.items()
-        if (predicted := result.candidate.predicted[number]) is not None
+        if (predicted := result.candidate.predicted[number]) and (measured := result.measured[number])
     ]
     return sum(weight * ratio for weight, ratio in known) / sum(weight for weight, _ in known) if known else 1.0
 

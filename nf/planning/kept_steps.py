@@ -70,13 +70,18 @@ class KeptSteps:
         """That were measured, each once."""
         return list(dict.fromkeys(plan for plan, _ in self._steps))
 
+    def at(self, plan: PipelinePlan, loads: Sequence[Load]) -> tuple[int, ...]:
+        """Numbers of the loads at which the file has measured it."""
+        known = self._known(plan)
+        return tuple(number for number, load in enumerate(loads) if (known, load) in self._steps)
+
     def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
         """See ``StepBench``.
 
         Raises:
             NfError: the file has too few measurements of the plan, and there is nothing to make them with.
         """
-        known, time = self._known(plan), self._asked[plain(plan)]
+        known, time = self._known(plan), self._asked[_plain(plan)]
         missing = [load for load in loads if len(self._steps.get((known, load), ())) <= time]
         if missing:
             if self._bench is None:
@@ -84,12 +89,12 @@ class KeptSteps:
             for load, found in zip(missing, self._bench.measure(plan, missing), strict=True):
                 self._steps.setdefault((known, load), []).append(found)
             self._save()
-        self._asked[plain(plan)] += 1
+        self._asked[_plain(plan)] += 1
         return [self._steps[known, load][time] for load in loads]
 
     def _known(self, plan: PipelinePlan) -> PipelinePlan:
         """The plan under the name that it has in the file."""
-        return next((other for other in self.plans if plain(other) == plain(plan)), plan)
+        return next((other for other in self.plans if _plain(other) == _plain(plan)), plan)
 
     def _save(self) -> None:
         steps = [
@@ -149,7 +154,7 @@ def _steps(steps: Iterable[dict[str, Any]]) -> Steps:
     }
 
 
-def plain(plan: PipelinePlan) -> PipelinePlan:
+def _plain(plan: PipelinePlan) -> PipelinePlan:
     """What of a plan decides how fast it is."""
     return replace(plan, name="", model=None, gpu=None, loads=())
 

@@ -17,7 +17,7 @@ from itertools import product
 from time import monotonic
 
 from nf.graphs.builtin import lane_of, sequential_plan
-from nf.graphs.partition import PAIR
+from nf.graphs.pipeline_plan import PAIR
 from nf.graphs.plan import PipelinePlan
 from nf.models.operations import Operation
 from nf.planning.interference import Curve, CurvePoint, curve

@@ -20,7 +20,7 @@ from nf.graphs.pipeline_plan import PipelinePlan, Stream
 from nf.models.declaration import Model
 from nf.planning import predict
 from nf.planning.kept_steps import StepBench
-from nf.planning.loads import batch_shape
+from nf.planning.loads import batch_shape, made_for
 from nf.planning.nano_layer import COMPUTE
 from nf.planning.predict import Prediction
 from nf.planning.profile import SM_STEP, Profile
@@ -28,6 +28,7 @@ from nf.planning.resources import propose
 
 SEQUENTIAL = "sequential"
 WORTH = 0.003  # relative; two measurements of one plan differ by up to about as much
+HOPEFUL = 1.06  # times the best predicted time of a load; predictions are off by as much
 PARTITION_SMS = 5 * SM_STEP  # of the partition that is measured where no other one was found worth it
 
 
@@ -38,29 +39,41 @@ class Candidate:
     Args:
         kind: how its nano-operations share the GPU, for people.
         predicted: per load; None where the profile does not say.
+        at: numbers of the loads at which it is measured; None: all.
     """
 
     plan: PipelinePlan
     kind: str
     predicted: tuple[Prediction | None, ...]
+    at: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A candidate and what was measured of it, per load; ``error`` says why it could not be."""
+    """A candidate and what was measured of it, per load, None where it was not; ``error`` says why it could not be."""
 
     candidate: Candidate
-    measured: tuple[Measurement, ...] = ()
+    measured: tuple[Measurement | None, ...] = ()
     error: str = ""
 
-    def ratios(self, base: Result) -> list[float]:
-        """Time over that of ``base``, per load."""
-        return [own.seconds / other.seconds for own, other in zip(self.measured, base.measured, strict=True)]
+    @property
+    def at(self) -> tuple[int, ...]:
+        """Numbers of the loads at which it was measured."""
+        return tuple(number for number, found in enumerate(self.measured) if found is not None)
+
+    def ratio(self, base: Result, load: int) -> float:
+        """Time over that of ``base`` at a load; infinite where one of them was not measured."""
+        if load not in self.at or load not in base.at:
+            return math.inf
+        own, other = self.measured[load], base.measured[load]
+        assert own is not None
+        assert other is not None
+        return own.seconds / other.seconds
 
     def errors(self) -> list[float]:
         """Relative errors of the predicted times, where there are both."""
         pairs = zip(self.candidate.predicted, self.measured, strict=False)
-        return [p.seconds / m.seconds - 1 for p, m in pairs if p is not None]
+        return [p.seconds / m.seconds - 1 for p, m in pairs if p is not None and m is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +138,14 @@ def candidates(
     seconds: float = 100.0,
     more: Sequence[PipelinePlan] = (),
 ) -> list[Candidate]:
-    """What is worth measuring: the baselines, the ``count`` best of Stages I and II per load, and ``more``.
+    """What is worth measuring: the baselines everywhere; the ``count`` best of Stages I and II per load where they are
+    predicted to come close to the best; and ``more``.
 
     Args:
         profile: None leaves Stages I and II out, and predictions.
         loads: of one dense batch size.
         seconds: to search for, over all loads.
-        more: the user's own plans.
+        more: the user's own plans, each for those of the loads that it names, for all if it names none of them.
 
     Raises:
         InputError: an operation was not measured.
@@ -140,6 +154,7 @@ def candidates(
     if any(load.dense_batch_size != size for load in loads):
         raise InputError("loads", "must all have one dense batch size")
     kinds = dict(baselines(model, size, gpu_sms))
+    asked: dict[PipelinePlan, tuple[int, ...] | None] = dict.fromkeys(kinds)
     if profile is not None and count:
         for load in loads:
             for proposal in propose(
@@ -147,11 +162,27 @@ def candidates(
             ):
                 kinds.setdefault(proposal.plan, proposal.arrangement)
     for plan in more:
-        kinds.setdefault(replace(plan, loads=()), "given")  # it is measured at every load
-    return [
-        candidate_of(plan, kind, model, profile, loads)
-        for plan, kind in zip(_named_apart(list(kinds)), kinds.values(), strict=True)
-    ]
+        given = replace(plan, loads=())
+        kinds.setdefault(given, "given")
+        own = tuple(number for number, load in enumerate(loads) if made_for(load) in plan.loads)
+        asked.setdefault(given, own or None)
+    found = [candidate_of(plan, kind, model, profile, loads) for plan, kind in kinds.items()]
+    for number, candidate in enumerate(found):
+        at = asked[candidate.plan] if candidate.plan in asked else _hopeful(candidate, found)
+        found[number] = replace(candidate, at=at)
+    found = [candidate for candidate in found if candidate.at != ()]
+    names = _named_apart([candidate.plan for candidate in found])
+    return [replace(candidate, plan=plan) for candidate, plan in zip(found, names, strict=True)]
+
+
+def _hopeful(candidate: Candidate, among: Sequence[Candidate]) -> tuple[int, ...]:
+    """Loads at which it is predicted to take little longer than the fastest."""
+    found = []
+    for number, predicted in enumerate(candidate.predicted):
+        best = min((other.seconds for each in among if (other := each.predicted[number])), default=math.inf)
+        if predicted is not None and predicted.seconds <= HOPEFUL * best:
+            found.append(number)
+    return tuple(found)
 
 
 def candidate_of(
@@ -194,13 +225,8 @@ def search(
     results: list[Result] = []
     for candidate in wanted:
         results.append(_once(candidate, loads, bench, progress, required=not results))
-    known = {replace(result.candidate.plan, name="") for result in results}
-    for winner in _winners(results, len(loads)):
-        for candidate in vary(winner.candidate.plan):
-            if (nameless := replace(candidate.plan, name="")) not in known:
-                known.add(nameless)
-                *_, plan = _named_apart([*(result.candidate.plan for result in results), candidate.plan])
-                results.append(_once(replace(candidate, plan=plan), loads, bench, progress))
+    for candidate in _close_to_winners(results, len(loads), vary):
+        results.append(_once(candidate, loads, bench, progress))
     base, winners = results[0], _winners(results, len(loads))
     best = [base] * len(loads)
     if winners:
@@ -215,6 +241,22 @@ def search(
     return Search(tuple(loads), tuple(results), tuple(best))
 
 
+def _close_to_winners(
+    results: Sequence[Result], num_loads: int, vary: Callable[[PipelinePlan], Iterable[Candidate]]
+) -> list[Candidate]:
+    """What is close to the winner of a load, each once and for all loads where that is so."""
+    known = {replace(result.candidate.plan, name="") for result in results}
+    near: dict[PipelinePlan, Candidate] = {}
+    for number, winner in enumerate(fastest(results, num_loads)):
+        for candidate in vary(winner.candidate.plan) if winner is not results[0] else ():
+            nameless = replace(candidate.plan, name="")
+            if nameless not in known:
+                before = near.setdefault(nameless, replace(candidate, at=()))
+                near[nameless] = replace(before, at=tuple(dict.fromkeys([*(before.at or ()), number])))
+    names = _named_apart([*(result.candidate.plan for result in results), *(each.plan for each in near.values())])
+    return [replace(each, plan=plan) for each, plan in zip(near.values(), names[len(results) :], strict=True)]
+
+
 def _once(
     candidate: Candidate,
     loads: Sequence[Load],
@@ -224,21 +266,30 @@ def _once(
 ) -> Result:
     """A first result; ``required`` of the sequential plan, without which there is nothing to compare with."""
     progress(f"measuring {candidate.plan.name}")
+    at = range(len(loads)) if candidate.at is None else candidate.at
     try:
-        result = Result(candidate, tuple(bench.measure(candidate.plan, loads)))
+        result = Result(candidate, _measured(candidate.plan, at, loads, bench))
     except NfError as error:
         if required:
             raise
         result = Result(candidate, error=str(error))
-    progress("  " + (result.error or ", ".join(f"{1e3 * m.seconds:.2f} ms" for m in result.measured)))
+    progress("  " + (result.error or ", ".join(f"{1e3 * m.seconds:.2f} ms" if m else "–" for m in result.measured)))
     return result
+
+
+def _measured(
+    plan: PipelinePlan, at: Sequence[int], loads: Sequence[Load], bench: StepBench
+) -> tuple[Measurement | None, ...]:
+    found = dict(zip(at, bench.measure(plan, [loads[number] for number in at]), strict=True))
+    return tuple(found.get(number) for number in range(len(loads)))
 
 
 def _once_more(result: Result, loads: Sequence[Load], bench: StepBench, progress: Callable[[str], object]) -> Result:
     """The result with the means of its measurements and of new ones."""
     progress(f"measuring {result.candidate.plan.name} once more")
-    second = bench.measure(result.candidate.plan, loads)
-    return replace(result, measured=tuple(_mean(a, b) for a, b in zip(result.measured, second, strict=True)))
+    second = _measured(result.candidate.plan, result.at, loads, bench)
+    means = (a and b and _mean(a, b) for a, b in zip(result.measured, second, strict=True))
+    return replace(result, measured=tuple(means))
 
 
 def _winners(results: Sequence[Result], num_loads: int) -> list[Result]:
@@ -249,11 +300,10 @@ def _winners(results: Sequence[Result], num_loads: int) -> list[Result]:
 def fastest(results: Sequence[Result], num_loads: int) -> list[Result]:
     """Per load the fastest plan, which is the first of ``results`` unless another is clearly faster."""
     base = results[0]
-    ratios = [(result.ratios(base) if result.measured else [1.0] * num_loads) for result in results]
     found = []
     for load in range(num_loads):
-        best = min(range(len(results)), key=lambda index: ratios[index][load])
-        found.append(results[best] if ratios[best][load] < 1 - WORTH else base)
+        best = min(results, key=lambda result: result.ratio(base, load))
+        found.append(best if best.ratio(base, load) < 1 - WORTH else base)
     return found
 
 

@@ -25,7 +25,7 @@ def record(found: Search, bounds: Sequence[float | None], head: Mapping[str, Any
             "decode_tokens": load.num_decode,
             "predicted_bound_s": bound,
             "chosen": best.candidate.plan.name if best.measured else None,
-            "speed_up": 1 / best.ratios(found.sequential)[number] if best.measured else None,
+            "speed_up": 1 / best.ratio(found.sequential, number) if best.measured else None,
         }
         for number, (load, bound, best) in enumerate(zip(found.loads, bounds, found.best, strict=True))
     ]

@@ -48,7 +48,7 @@ class FormulaBench:
             return 1e-6 * rows
         operation = OPERATIONS[name]
         if operation.rows is Rows.DECODE:
-            return rows * context * 4096 / min(4.6e12, 100e9 * count)
+            return rows * context * 4096 / min(4.6e12, 140e9 * count)
         if operation.rows is Rows.PREFILL:
             return rows * context * 16384 / (3e12 * count)
         matrices = [WEIGHTS[weight] for weight in operation.weights if len(WEIGHTS[weight]) > 1]

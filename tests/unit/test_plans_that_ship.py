@@ -24,7 +24,7 @@ from nf.planning.profile_file import read_profile
 from nf.planning.search import Result, Search, candidate_of
 
 ROOT = Path(__file__).parents[2]
-PROFILE = ROOT / "docs/benchmarks/2026-11-29-h200-profile.json"
+PROFILE = ROOT / "docs/benchmarks/2026-11-29-h200-spread-profile.json"
 MODEL = declare(shape("llama-3-8b"))
 SIZE, SMS, GPU = 2048, 132, "NVIDIA H200"
 KV_TOKENS = 898_327  # of the KV cache there
@@ -41,7 +41,8 @@ def measured() -> dict[str, Any]:
 def test_what_ships_is_what_was_the_fastest_at_every_load(path: Path) -> None:
     record = json.loads(path.read_text())
     for number, load in enumerate(record["loads"]):
-        rivals = {plan["name"]: plan["loads"][number]["measured_s"] for plan in record["plans"] if not plan["error"]}
+        measured_s = {plan["name"]: plan["loads"][number]["measured_s"] for plan in record["plans"]}
+        rivals = {name: seconds for name, seconds in measured_s.items() if seconds is not None}
         best = min(rivals.values())
         assert rivals[load["chosen"]] <= best * 1.003 or load["chosen"] == "sequential"
         assert rivals[load["chosen"]] <= rivals["sequential"]
