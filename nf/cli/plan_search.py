@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         loads = all_loads(args.dense_batch_size, args.input_len, args.output_len, args.decode_share, room)
     profile, wanted = _candidates(args, model, loads, where)
     if args.plans_dir is not None:
-        _write_plans(Path(args.plans_dir), wanted, loads)
+        write_plans(Path(args.plans_dir), wanted, loads)
     if args.predict_only:
         result = _predicted(args, model, profile, wanted, loads)
     else:
@@ -225,7 +225,7 @@ def _candidates(
     return profile, wanted
 
 
-def _write_plans(folder: Path, wanted: list[Candidate], loads: list[Load]) -> None:
+def write_plans(folder: Path, wanted: list[Candidate], loads: list[Load]) -> None:
     """Each with the loads at which it is worth measuring; with none if that is at all of them."""
     from nf.planning.loads import made_for
 
