@@ -38,7 +38,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a directory, a hub name, or a shape such as llama-3-8b")
     parser.add_argument("--dense-batch-size", type=int, default=2048, metavar="N", help="largest step (default 2048)")
-    parser.add_argument("--quick", action="store_true", help="four batch sizes and five partitions, at most 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="four batch sizes and six partitions, at most 3 minutes")
     parser.add_argument(
         "--seconds",
         type=float,

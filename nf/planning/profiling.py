@@ -82,7 +82,7 @@ class Extent:
 
 
 def quick_extent(dense_batch_size: int, gpu_sms: int) -> Extent:
-    """Four batch sizes and five partitions: enough to rank plans, in less than three minutes."""
+    """Four batch sizes and six partitions: enough to rank plans, in less than three minutes."""
     rows = _fractions(dense_batch_size, (8, 4, 2, 1))
     return Extent(
         rows=rows,
@@ -90,7 +90,7 @@ def quick_extent(dense_batch_size: int, gpu_sms: int) -> Extent:
         decode_rows=_fractions(dense_batch_size, (8, 4, 2)),
         decode_contexts=(512, 2048),
         prefill_contexts=(512,),
-        memory_sms=_multiples(SM_STEP, gpu_sms, (3, 4, 5, 6, 8)),
+        memory_sms=_multiples(SM_STEP, gpu_sms, (2, 3, 4, 5, 6, 8)),
         pair_rows=_fractions(dense_batch_size, (2,)),
         gpu_sms=gpu_sms,
     )

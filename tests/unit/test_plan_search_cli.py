@@ -30,6 +30,11 @@ from nf.planning import gpu_bench, gpu_step_bench, profiling
 from nf.planning.hardware import ACCELERATORS
 from nf.planning.profile_file import read_profile, save_profile
 
+QUICK = profiling.quick_extent(2048, SMS)
+SOLOS = len(profiling.wanted_solos(MODEL.operations, QUICK))
+PAIRS = len(profiling.wanted_pairs(MODEL.operations, QUICK))
+POINTS = SOLOS + PAIRS
+
 
 def nf(*argv: str) -> int:
     parser = argparse.ArgumentParser(prog="nf")
@@ -296,11 +301,11 @@ def test_what_is_left_of_a_profile_is_what_is_still_open(
     out, err = capsys.readouterr()
     stored = read_profile(profiles / KEY.file_name, shape_name(MODEL.config))
     measured = len(stored.solos) + len(stored.co_runs)
-    assert f"{measured} points measured, {188 - measured} could not be, 0 known before\n" in out
-    assert 0 < measured < 188
-    assert "188 of 188 points" in err
+    assert f"{measured} points measured, {POINTS - measured} could not be, 0 known before\n" in out
+    assert 0 < measured < POINTS
+    assert f"{POINTS} of {POINTS} points" in err
     assert nf("profile", "llama-3-8b", "--quick", "-q") == 0
-    assert f"0 points measured, {188 - measured} could not be, {measured} known before\n" in capsys.readouterr().out
+    assert f"0 points measured, {POINTS - measured} could not be, {measured} known before\n" in capsys.readouterr().out
 
     now, took = [0.0], ProfileBench._count
 
@@ -312,7 +317,7 @@ def test_what_is_left_of_a_profile_is_what_is_still_open(
     monkeypatch.setattr(profiling, "monotonic", lambda: now[0])
     (profiles / KEY.file_name).unlink()
     assert nf("profile", "llama-3-8b", "--quick", "-q", "--seconds", "150") == 0
-    assert " could not be, 0 known before; 38 left: run it again to go on\n" in capsys.readouterr().out
+    assert f" could not be, 0 known before; {POINTS - 150} left: run it again to go on\n" in capsys.readouterr().out
 
 
 def test_profiles_are_kept_where_they_are_wanted(
@@ -321,11 +326,14 @@ def test_profiles_are_kept_where_they_are_wanted(
     folder = tmp_path / "some" / "where"
     argv = ("profile", "llama-3-8b", "--quick", "-q", "--profiles-dir", str(folder))
     assert nf(*argv) == 0
-    assert capsys.readouterr().out.splitlines() == ["188 points measured, 0 known before", str(folder / KEY.file_name)]
-    assert len(read_profile(folder / KEY.file_name, shape_name(MODEL.config)).solos) == 164
+    assert capsys.readouterr().out.splitlines() == [
+        f"{POINTS} points measured, 0 known before",
+        str(folder / KEY.file_name),
+    ]
+    assert len(read_profile(folder / KEY.file_name, shape_name(MODEL.config)).solos) == SOLOS
     assert not profiles.exists()
     assert nf(*argv) == 0
-    assert "0 points measured, 188 known before" in capsys.readouterr().out
+    assert f"0 points measured, {POINTS} known before" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"^--profiles-dir: .* cannot be a folder: File exists"):
         nf(*argv[:-1], str(folder / KEY.file_name))
 
@@ -362,9 +370,9 @@ def test_a_profile_that_is_ended_is_kept_and_gone_on_with(
     assert nf("profile", "llama-3-8b", "--quick") == 0
     out, err = capsys.readouterr()
     assert "known before\n" in out
-    assert f"{188 - 29} of {188 - 29} points" in err or f"{188 - 30} of {188 - 30} points" in err
+    assert any(f"{POINTS - n} of {POINTS - n} points" in err for n in (29, 30))
     stored = read_profile(file, shape_name(MODEL.config))
-    assert (len(stored.solos), len(stored.co_runs)) == (164, 24)
+    assert (len(stored.solos), len(stored.co_runs)) == (SOLOS, PAIRS)
 
 
 def test_predictions_need_no_gpu(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -468,7 +476,7 @@ def test_a_missing_solver_is_told_before_anything_is_measured(gpu: Path, monkeyp
 
 def test_a_stored_profile_is_drawn(profile: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert nf("profile", "llama-3-8b", "--profile", profile, "--plot", str(tmp_path / "c.svg")) == 0
-    assert "164 points alone and 24 pairs" in capsys.readouterr().out
+    assert f"{SOLOS} points alone and {PAIRS} pairs" in capsys.readouterr().out
     assert "24 SMs" in (tmp_path / "c.svg").read_text()
 
 
