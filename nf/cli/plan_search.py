@@ -61,10 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, default=100.0, metavar="S", help="for Stages I and II (default 100)")
     add(
         "--add",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
-        help="measure this plan too, at those of the loads that it names or else at all; may be repeated",
+        help="measure these plans too, at those of the loads that they name or else at all",
     )
     add("--quick", action="store_true", help="profile in at most 3 minutes, and measure each step for 0.7 s, not 2 s")
     add("--profile", metavar="FILE", help="take this profile and measure no nano-operation")

@@ -429,6 +429,7 @@ def test_a_traced_step_tells_of_every_nano_operation_and_changes_nothing(monkeyp
     assert max(spans, key=lambda span: span.start_us).name == "sampling"
 
 
+@pytest.mark.alone
 def test_a_model_without_kernels_leaves_nothing_behind() -> None:
     model = model_for_gpu(qkv_bias=True, o_bias=True)
     weights, device = weights_for_gpu(model, 0), Device()
@@ -438,6 +439,7 @@ def test_a_model_without_kernels_leaves_nothing_behind() -> None:
     assert device.memory()[0] >= free - (32 << 20)
 
 
+@pytest.mark.alone
 def test_opening_and_closing_leaves_nothing_behind() -> None:
     def open_files() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
@@ -466,6 +468,7 @@ def own_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("nf-")]
 
 
+@pytest.mark.alone
 def test_too_many_pages_say_how_much_memory_there_is() -> None:
     free = Device().memory()[0]
     with (

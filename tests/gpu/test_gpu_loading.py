@@ -14,7 +14,7 @@ from nf.llm import LLM
 from nf.loading import load
 from nf.sampling_params import SamplingParams
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 TINY: dict[str, Any] = {"skip_tokenizer_init": True, "max_num_batched_tokens": 64}
 

@@ -24,7 +24,7 @@ from nf.models.hf_config import read_config
 from nf.models.registry import declare
 from nf.weights import checkpoint_parts, load_weights
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
