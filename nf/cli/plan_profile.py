@@ -123,6 +123,7 @@ def measured_profile(
     """The profile of ``model`` on ``device``, with what is missing measured now, for ``seconds`` at most, and kept in
     ``folder``, the cache's if None."""
     from nf.graphs.plan_store import shape_name
+    from nf.planning.gemm_trend import gemm_trend
     from nf.planning.gpu_bench import GpuBench, profile_key
     from nf.planning.profile import Profile
     from nf.planning.profile_file import load_profile, save_profile
@@ -134,12 +135,15 @@ def measured_profile(
         full_extent,
         missing_points,
         quick_extent,
+        wanted_solos,
     )
 
     folder, key, name = folder or profile_folder(), profile_key(device), shape_name(model.config)
     extent = (quick_extent if quick else full_extent)(dense_batch_size, device.sms)
     profile = load_profile(folder, key, name) or Profile(key, name, device.sms)
     missing = missing_points(profile, model.operations, extent)
+    wanted = [*profile.solos, *wanted_solos(model.operations, extent)]
+    profile.trend = gemm_trend(model, wanted, device.sms)
     path = folder / key.file_name
     if not missing.count:
         return profile, Filled(0, missing.known, 0), path

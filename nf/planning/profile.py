@@ -105,6 +105,8 @@ class PowerLimit:
 NOTHING = Cost(0.0, 0.0)
 SoloKey = tuple[str, int, Sms, int]
 PairKey = tuple[SoloKey, SoloKey]
+Trend = dict[tuple[str, Sms], tuple[float, ...]]
+"""Of an operation on a number of SMs: what 128, 256, … rows cost, up to a factor."""
 
 
 @dataclass(slots=True)
@@ -115,6 +117,7 @@ class Profile:
         model: name of the shape, tensor parallel size included where it is not 1.
         gpu_sms: SMs of the GPU.
         idle_watts, cap_watts: static power and power limit of the card; None where unknown.
+        trend: how time and energy go between measured rows; where it says nothing, in a straight line.
     """
 
     key: ProfileKey
@@ -124,6 +127,7 @@ class Profile:
     cap_watts: float | None = None
     solos: dict[SoloKey, Solo] = field(default_factory=dict)
     co_runs: dict[PairKey, CoRun] = field(default_factory=dict)
+    trend: Trend = field(default_factory=dict)
 
     def add(self, point: Solo | CoRun) -> None:
         """Take a point in; one that was measured before is replaced.
@@ -165,10 +169,10 @@ class Profile:
     def cost(self, operation: str, rows: int, sms: Sms = "all", context: int = 0) -> Cost:
         """Time and energy of ``operation`` on ``rows`` rows, interpolated between what was measured.
 
-        Linear in rows, in context and, in speed, in SMs. Fewer rows than the smallest that was measured cost as much as
-        that (a GEMM tile is whole), but attention as much per row; more cost as much per row as the largest. No rows
-        cost nothing; no context means the smallest that was measured. What was never measured on a part of the SMs is
-        assumed to slow down in proportion.
+        In rows along the trend or else linear; linear in context and, in speed, in SMs. Fewer rows than the smallest
+        that was measured cost as much as that (a GEMM tile is whole), but attention as much per row; more cost as much
+        per row as the largest. No rows cost nothing; no context means the smallest that was measured. What was never
+        measured on a part of the SMs is assumed to slow down in proportion.
 
         Raises:
             InputError: ``operation`` was not measured at all.
@@ -191,7 +195,13 @@ class Profile:
             return _interpolate(by_context, context, below=ends)
 
         def over_rows(at_context: Sequence[Solo]) -> float:
-            return _interpolate({p.rows: float(getattr(p, which)) for p in at_context}, rows, below=ends)
+            values = {p.rows: float(getattr(p, which)) for p in at_context}
+            trend = self.trend.get((at_context[0].operation, at_context[0].sms), ())
+            most = len(trend) * ROW_STEP
+            if not min(values) < rows < max(values) <= most:
+                return _interpolate(values, rows, below=ends)
+            factors = {count: value / _step(trend, count) for count, value in values.items()}
+            return _step(trend, rows) * _interpolate(factors, rows, below=ends)
 
         by_sms = _grouped(points, lambda p: self.gpu_sms if p.sms == "all" else p.sms, over_context)
         target = self.gpu_sms if sms == "all" else sms
@@ -206,12 +216,14 @@ class Profile:
         for point in self.solos.values():
             solos.setdefault(point.operation, []).append([_number(value) for value in astuple(point)[1:]])
         pairs = [[[_number(v) for v in astuple(side)] for side in (p.first, p.second)] for p in self.co_runs.values()]
+        trend = [[*key, *(round(step, 3) for step in steps)] for key, steps in self.trend.items()]
         return {
             "gpu_sms": self.gpu_sms,
             "idle_watts": self.idle_watts,
             "cap_watts": self.cap_watts,
             "solo": solos,
             "co_run": [[*pair, _number(point.watts)] for pair, point in zip(pairs, self.co_runs.values(), strict=True)],
+            **({"trend": trend} if trend else {}),
         }
 
     @classmethod
@@ -232,6 +244,10 @@ class Profile:
                 profile.add(Solo(operation, count, sms, context, seconds, math.nan if joules is None else joules))
         for first, second, watts in data["co_run"]:
             profile.add(CoRun(Side(*first), Side(*second), math.nan if watts is None else watts))
+        for operation, sms, *steps in data.get("trend", ()):
+            if not all(0 < step < math.inf for step in steps):
+                raise ValueError(f"the trend of {shown(operation)} must be above 0, got {shown(steps)}")
+            profile.trend[operation, sms] = tuple(steps)
         return profile
 
 
@@ -262,6 +278,11 @@ def _grouped(
     for point in points:
         groups.setdefault(by(point), []).append(point)
     return {key: value(group) for key, group in groups.items()}
+
+
+def _step(trend: Sequence[float], rows: int) -> float:
+    """Of so many rows; a begun step counts as a whole one."""
+    return trend[-(-rows // ROW_STEP) - 1]
 
 
 Ends = Literal["flat", "rate"]
