@@ -23,14 +23,11 @@ import math
 from dataclasses import dataclass
 
 from nf.kernels.kv_cache import HEAD_DIMS, PAGE_SIZES, PagedShape
-from nf.kernels.load import KernelLoader
+from nf.kernels.load import CudaKernel, KernelLoader
 from nf.kernels.source import KernelSource, ParameterKind
 
-STAGES = 2  # of a warp's ring
 NOTE_BYTES = 24  # beside each stage: a note and a barrier
-# Warps per CTA, one CTA per SM. On few SMs each must have as many bytes on their way as fit; on many, more than enough
-# to saturate HBM only makes everything wait longer. One warp alone keeps up with about 26 GB/s.
-FEW_SMS, FEW_SMS_WARPS, WARPS = 64, 7, 4
+FEW_SMS = 64
 MIN_SPAN, MAX_SPAN = 128, 2048  # keys: shorter spans cost more than they save, longer ones are handed out in rounds
 
 MERGE_WARPS, MERGE_CTAS = 8, 4  # warps per CTA, CTAs per SM
@@ -41,9 +38,48 @@ _MERGE_PARAMETERS: tuple[ParameterKind, ...] = (*("pointer",) * 4, *("int32",) *
 _ATTENTION_PARAMETERS: tuple[ParameterKind, ...] = (*("pointer",) * 9, *("int32",) * 7, "float32")
 
 
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """What a CTA, of which there is one per SM, has of KV on its way.
+
+    Args:
+        warps: each with a ring of its own.
+        stages: of a ring.
+        stage_bytes: of KV, one tile. A stage is refilled once its tile is in registers, so small ones leave more of the
+            ring on its way, and every tile costs some time besides.
+    """
+
+    warps: int
+    stages: int
+    stage_bytes: int
+
+    def tile_keys(self, head_dim: int) -> int:
+        """Keys of a tile: K and V of each are 4 · head_dim bytes."""
+        return self.stage_bytes // (4 * head_dim)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.warps * self.stages * (self.stage_bytes + NOTE_BYTES)
+
+
+# On few SMs each must have as many bytes on their way as fit; on many, more than enough to saturate HBM only makes
+# everything wait longer. One warp alone keeps up with about 26 GB/s.
+ON_FEW_SMS, ON_MANY_SMS = Ring(warps=7, stages=2, stage_bytes=16384), Ring(warps=4, stages=2, stage_bytes=16384)
+
+
+def ring_on(sms: int) -> Ring:
+    """Of a launch on ``sms`` multiprocessors."""
+    return ON_FEW_SMS if sms <= FEW_SMS else ON_MANY_SMS
+
+
 def sources() -> list[KernelSource]:
-    """The planning and the merging kernel, and an attention kernel for each head_dim and page_size."""
-    attention = [attention_source(head_dim, page_size) for head_dim in HEAD_DIMS for page_size in PAGE_SIZES]
+    """The planning and the merging kernel, and attention kernels for each head_dim and page_size."""
+    attention = {
+        attention_source(head_dim, page_size, ring.tile_keys(head_dim)): None
+        for head_dim in HEAD_DIMS
+        for page_size in PAGE_SIZES
+        for ring in (ON_FEW_SMS, ON_MANY_SMS)
+    }
     return [plan_source(), merge_source(), *attention]
 
 
@@ -69,25 +105,15 @@ def merge_source() -> KernelSource:
     )
 
 
-def attention_source(head_dim: int, page_size: int) -> KernelSource:
+def attention_source(head_dim: int, page_size: int, tile_keys: int) -> KernelSource:
     return KernelSource(
-        name=f"decode_attention_d{head_dim}_p{page_size}",
+        name=f"decode_attention_d{head_dim}_p{page_size}_t{tile_keys}",
         language="cuda",
         files=("decode_attention.cu", "decode_plan.cuh", "hopper.cuh"),
         parameters=_ATTENTION_PARAMETERS,
         entry="decode_attention",
-        config=(("HEAD_DIM", head_dim), ("PAGE_SIZE", page_size), ("TILE", tile_keys(head_dim))),
+        config=(("HEAD_DIM", head_dim), ("PAGE_SIZE", page_size), ("TILE", tile_keys)),
     )
-
-
-def tile_keys(head_dim: int) -> int:
-    """Keys per stage: 16 KB of KV."""
-    return 4096 // head_dim
-
-
-def warps_on(sms: int) -> int:
-    """Warps per CTA of a launch on ``sms`` multiprocessors."""
-    return FEW_SMS_WARPS if sms <= FEW_SMS else WARPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +124,7 @@ class DecodeShape(PagedShape):
 
     def max_spans(self, sms: int) -> int:
         """One per warp of the widest launch on up to ``sms`` multiprocessors; launches on few hand out several."""
-        return max(sms * warps_on(sms), min(sms, FEW_SMS) * FEW_SMS_WARPS)
+        return max(sms * ring_on(sms).warps, min(sms, FEW_SMS) * ON_FEW_SMS.warps)
 
     def workspace_bytes(self, sms: int) -> int:
         """Device memory (256-byte aligned, any content) of one range of rows: its plan and partial results.
@@ -122,16 +148,16 @@ class DecodeAttention:
         self.shape = shape
         self.sms = sms
         self.max_spans = shape.max_spans(sms)
-        tile = tile_keys(shape.head_dim)
         self._plan = loader.cuda(plan_source().name)
-        attention = attention_source(shape.head_dim, shape.page_size).name
-        stage_bytes = tile * shape.head_dim * 4 + NOTE_BYTES
-        self._attention = {
-            warps: loader.cuda(attention, shared_bytes=warps * STAGES * stage_bytes) for warps in (WARPS, FEW_SMS_WARPS)
-        }
+        self._attention = {ring: self._load(loader, ring) for ring in (ON_FEW_SMS, ON_MANY_SMS)}
         self._merge = loader.cuda(merge_source().name)
         self._stats, self._out = _partials(self.max_spans)
         self._scale_log2 = shape.head_dim**-0.5 * math.log2(math.e)
+
+    def _load(self, loader: KernelLoader, ring: Ring) -> CudaKernel:
+        shape = self.shape
+        source = attention_source(shape.head_dim, shape.page_size, ring.tile_keys(shape.head_dim))
+        return loader.cuda(source.name, shared_bytes=ring.shared_bytes)
 
     def plan(
         self,
@@ -151,10 +177,11 @@ class DecodeAttention:
             kv_lens, kv_indptr, num_decode: device pointers; num_decode is the number of decode rows of the step.
             workspace: device pointer, see ``DecodeShape.workspace_bytes``.
         """
-        shape, tile = self.shape, tile_keys(self.shape.head_dim)
+        shape, ring = self.shape, ring_on(sms)
+        tile = ring.tile_keys(shape.head_dim)
         self._plan(
             kv_lens, kv_indptr, num_decode, workspace, start, stop, shape.num_kv_heads, tile, shape.head_dim // 16,
-            shape.window or 0, warps_on(sms) * sms, MIN_SPAN // tile, MAX_SPAN // tile, self.max_spans,
+            shape.window or 0, ring.warps * sms, MIN_SPAN // tile, MAX_SPAN // tile, self.max_spans,
             grid=1, block=1024, stream=stream,
         )  # fmt: skip
 
@@ -178,18 +205,19 @@ class DecodeAttention:
         Args:
             q, kv, out: device pointers to row 0 and, of the layer, page 0.
             q_stride: elements from a row of q to the next.
-            sms: CTAs to launch, one per multiprocessor; results are right whatever the plan was made for.
+            sms: CTAs to launch, one per multiprocessor: as many as the plan was made for, or on the same side of
+                ``FEW_SMS``.
             pdl: start before the kernel before has ended, and wait for it on the device.
         """
         shape = self.shape
         part_out, part_stats = workspace + self._out, workspace + self._stats
         out_stride = shape.num_heads * shape.head_dim
-        warps = warps_on(sms)
-        self._attention[warps](
+        ring = ring_on(sms)
+        self._attention[ring](
             q, kv, out, kv_lens, kv_indptr, kv_indices, workspace, part_out, part_stats,
-            shape.num_kv_heads, shape.group, q_stride, out_stride, shape.window or 0, self.max_spans, STAGES,
+            shape.num_kv_heads, shape.group, q_stride, out_stride, shape.window or 0, self.max_spans, ring.stages,
             self._scale_log2,
-            grid=sms, block=32 * warps, stream=stream, pdl=pdl,
+            grid=sms, block=32 * ring.warps, stream=stream, pdl=pdl,
         )  # fmt: skip
         self._merge(
             workspace, part_out, part_stats, out, shape.head_dim, shape.group, out_stride, self.max_spans,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nf.kernels.decode_attention import DecodeAttention, DecodeShape, sources
+from nf.kernels.decode_attention import FEW_SMS, DecodeAttention, DecodeShape, sources
 from nf.kernels.load import KernelLoader
 from nf.kernels.registry import artifacts
 
@@ -188,8 +188,9 @@ def test_concentrated_weights() -> None:
 
 
 def test_launches_on_other_sms_than_planned() -> None:
+    """Fewer or more, as long as tiles are the same."""
     case = Case([3000] * 9 + [50] * 9, shape())
-    for planned, sms in [(132, 1), (2, 132), (132, 16)]:
+    for planned, sms in [(FEW_SMS, 1), (2, 16), (132, 80), (66, 132)]:
         case.check(case.run(planned=planned, sms=sms, launches=3))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nf.errors import InputError
-from nf.kernels.decode_attention import DecodeShape, sources, warps_on
+from nf.kernels.decode_attention import DecodeShape, ring_on, sources
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 def test_no_launch_has_more_warps_than_the_workspace_has_spans(sms: int) -> None:
     shape = DecodeShape(32, 8, 128, 16)
     for used in range(1, sms + 1):
-        assert used * warps_on(used) <= shape.max_spans(sms)
+        assert used * ring_on(used).warps <= shape.max_spans(sms)
 
 
 def test_workspace_holds_plan_and_parts() -> None:
