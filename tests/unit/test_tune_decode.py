@@ -1,0 +1,116 @@
+"""scripts/tune_decode.py: every ring is compiled, used while it is measured, and kept in the record."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_bench_scripts import load_script
+
+from nf.bench.measure import Measurement
+from nf.graphs.plan import nano_batch_plan
+from nf.kernels import decode_attention
+from nf.kernels.decode_attention import Ring
+from nf.models.registry import declare
+from nf.models.shapes import shape
+from nf.planning import gpu_bench, gpu_step_bench
+from nf.planning.profile import CoRun, Cost, Side, SoloKey
+
+SMS = 132
+MODEL = declare(shape("llama-3-8b"))
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(decode_attention, "ON_FEW_SMS", decode_attention.ON_FEW_SMS)  # set back afterwards
+    return load_script("tune_decode", monkeypatch)
+
+
+def rate() -> float:
+    """Bytes per second and SM, by the ring that is in use."""
+    ring = decode_attention.ON_FEW_SMS
+    return 1e9 * ring.warps * (ring.stages - 1) * ring.stage_bytes / 1024
+
+
+class Bench:
+    """Attention beside a GEMM reads half as much, and the GEMM takes a quarter longer."""
+
+    def __init__(self, *_: Any) -> None:
+        self.ring = decode_attention.ON_FEW_SMS
+
+    def solo(self, key: SoloKey) -> Cost:
+        assert self.ring == decode_attention.ON_FEW_SMS
+        name, rows, sms, context = key
+        assert isinstance(sms, int)
+        return Cost(rows * context * 4096 / (sms * rate()) if name == "decode_attention" else 4e-4, 1.0)
+
+    def co_run(self, first: SoloKey, second: SoloKey) -> CoRun:
+        seconds = 1.25 * self.solo(first).seconds, 2 * self.solo(second).seconds
+        return CoRun(Side(*first, seconds[0]), Side(*second, seconds[1]), 700.0)
+
+    def close(self) -> None:
+        self.ring = Ring(0, 0, 0)
+
+
+class StepBench:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def measure(self, _plan: Any, loads: Sequence[Any]) -> list[Measurement]:
+        return [Measurement(1e6 / rate(), 1.0) for _ in loads]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_bench, "GpuBench", Bench)
+    monkeypatch.setattr(gpu_step_bench, "GpuStepBench", StepBench)
+    monkeypatch.setattr("nf.kernels.device.Device", lambda: SimpleNamespace(sms=SMS))
+
+
+def test_a_bundle_has_the_tiles_of_every_ring(script: Any) -> None:
+    names = [source.name for source in script.sources()]
+    assert len(set(names)) == len(names)
+    shipped = {source.name for source in decode_attention.sources()}
+    assert shipped < set(names)
+    for ring in script.RINGS:
+        assert f"decode_attention_d128_p16_t{ring.tile_keys(128)}" in names
+        assert ring.shared_bytes <= 227 * 1024
+    assert script.RINGS[0] == decode_attention.ON_FEW_SMS
+
+
+@pytest.mark.usefixtures("gpu")
+def test_every_ring_is_measured_on_every_partition(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "rings.json"
+    plan.write_text(nano_batch_plan(MODEL.operations, 2048).to_json())
+    argv = ["tune_decode", "measure", "--sms", "16", "20", "--plan", str(plan), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert script.main() == 0
+    record = json.loads(out.read_text())
+    assert len(record["points"]) == 2 * len(script.RINGS)
+    for point, (ring, sms) in zip(
+        record["points"], [(ring, sms) for ring in script.RINGS for sms in (16, 20)], strict=True
+    ):
+        assert point["ring"] == [ring.warps, ring.stages, ring.stage_bytes]
+        alone = sms * 1e9 * ring.warps * (ring.stages - 1) * ring.stage_bytes / 1024
+        assert point["alone_bytes_per_second"] == pytest.approx(alone)
+        assert point["beside_bytes_per_second"] == pytest.approx(alone / 2)
+        assert point["gemm_keeps"] == pytest.approx(0.8)
+    assert [step["ring"] for step in record["steps"]] == [point["ring"] for point in record["points"][::2]]
+    assert "7 × 2 × 16 KB on 16 SMs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sms", ["13", "0", "66"])
+def test_partitions_that_are_none_or_not_few_are_refused(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sms: str
+) -> None:
+    argv = ["tune_decode", "measure", "--sms", sms, "--out", str(tmp_path / "x.json")]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert script.main() == 1
+    assert f"--sms: must be even and at most 64, the most that are few, not {sms}" in capsys.readouterr().err
