@@ -32,7 +32,7 @@ overlap" is among the candidates, and wins where nothing is clearly faster.
 EXAMPLES = """\
 examples:
   nf plan search llama-3-8b --quick
-  nf plan search ./llama --dense-batch-size 4096 --decode-share 0.1,0.3,0.5,0.7
+  nf plan search ./llama --dense-batch-size 4096 --decode-share 0.1,0.3,0.5,0.7,0.5@450
   nf plan search llama-3-8b --dense-batch-size 640 --decode-share 1      steps that only decode
   nf plan search llama-3-8b --add mine.json --count 0       measure a plan of your own
   nf plan search llama-3-8b --profile h200.json --predict-only      no GPU needed
@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_shares,
         default=(),
         metavar="X,…",
-        help="decode tokens of a step, one load and one plan kept per share; with 1 no prompts come",
+        help="decode tokens of a step, one load and one plan kept per share, 0.5@450 with 450 keys for each of them on "
+        "average; with 1 no prompts come",
     )
     add("--count", type=int, default=6, metavar="K", help="plans of Stages I and II to measure (default 6)")
     add("--seconds", type=float, default=100.0, metavar="S", help="for Stages I and II (default 100)")
@@ -328,11 +329,18 @@ def _say(args: argparse.Namespace, words: str) -> None:
         print(f"nf plan search: {words}", file=sys.stderr, flush=True)
 
 
-def _shares(text: str) -> tuple[float, ...]:
+def _shares(text: str) -> tuple[float | tuple[float, int], ...]:
+    """``0.3,0.5@450``: shares, some of them with the mean number of keys."""
+    found: list[float | tuple[float, int]] = []
     try:
-        shares = tuple(float(part) for part in text.split(","))
+        for part in text.split(","):
+            share, at, keys = part.partition("@")
+            found.append((float(share), int(keys)) if at else float(share))
+            if not 0 < float(share) <= 1 or (at and int(keys) < 1):
+                raise ValueError(part)
     except ValueError:
-        shares = ()
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise argparse.ArgumentTypeError(f"takes shares above 0 and at most 1 such as 0.1,0.3, not {text!r}")
-    return shares
+        raise argparse.ArgumentTypeError(
+            f"takes shares above 0 and at most 1 such as 0.1,0.3 or, with so many keys per decode token, 0.5@450, "
+            f"not {text!r}"
+        ) from None
+    return tuple(found)

@@ -12,15 +12,19 @@ from nf.planning.nano_layer import BatchShape
 
 SHRINK = 0.9
 
+Mix = float | tuple[float, int]
+"""Share of a step's tokens that decode, or that and how many keys each of them sees on average."""
+
 
 def loads(
     dense_batch_size: int,
     input_len: int,
     output_len: int,
-    decode_shares: Sequence[float] = (),
+    decode_shares: Sequence[Mix] = (),
     kv_tokens: int | None = None,
 ) -> list[Load]:
-    """One load of these lengths, or one per decode share with as many tokens in and out together.
+    """One load of these lengths, or one per decode share: with as many tokens in and out together or, where a mean
+    number of keys is given, as many as make it so.
 
     Args:
         decode_shares: of the tokens of a step, each above 0; with 1 no prompt is left to be read.
@@ -37,17 +41,23 @@ def loads(
             raise InputError(name, f"must be at least 1, got {length}")
     if not decode_shares:
         return [fitting(Load(dense_batch_size, input_len, output_len), kv_tokens)]
-    found = []
-    for share in decode_shares:
-        if not 0 < share <= 1:
-            raise InputError("decode_shares", f"must be above 0 and at most 1, got {share:g}")
-        if share == 1:
-            found.append(fitting(Load(dense_batch_size, input_len, output_len, decode_only=True), kv_tokens))
-            continue
-        decodes = max(1, round(share * (input_len + output_len)))
-        prompt = max(1, input_len + output_len - decodes)
-        found.append(fitting(Load(dense_batch_size, prompt, decodes + 1), kv_tokens))
-    return found
+    return [fitting(_mixed(dense_batch_size, input_len, output_len, mix), kv_tokens) for mix in decode_shares]
+
+
+def _mixed(dense_batch_size: int, input_len: int, output_len: int, mix: Mix) -> Load:
+    share, keys = mix if isinstance(mix, tuple) else (mix, None)
+    if not 0 < share <= 1:
+        raise InputError("decode_shares", f"must be above 0 and at most 1, got {share:g}")
+    if keys is not None and keys < 1:
+        raise InputError("decode_shares", f"keys must be at least 1, got {keys}")
+    prompt, decodes = float(input_len), output_len - 1.0
+    if share < 1:
+        decodes = share * (input_len + output_len)
+        prompt = input_len + output_len - decodes
+    if keys is not None:
+        scale = keys / (prompt + decodes / 2)
+        prompt, decodes = prompt * scale, decodes * scale
+    return Load(dense_batch_size, max(1, round(prompt)), max(1, round(decodes)) + 1, decode_only=share == 1)
 
 
 def fitting(load: Load, kv_tokens: int | None) -> Load:

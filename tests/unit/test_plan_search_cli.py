@@ -412,11 +412,13 @@ def test_steps_that_only_decode_are_predicted_and_their_measurements_kept(
     assert not gpu.exists()
 
 
-@pytest.mark.parametrize("shares", ["0", "1.5", "-0.1", "0.1,", "x", "nan", "0.5,2"])
+@pytest.mark.parametrize("shares", ["0", "1.5", "-0.1", "0.1,", "x", "nan", "0.5,2", "0.5@", "0.5@0", "0.5@x", "@9"])
 def test_no_shares_of_decode_tokens(shares: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         nf("search", "llama-3-8b", f"--decode-share={shares}")
-    assert f"takes shares above 0 and at most 1 such as 0.1,0.3, not '{shares}'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "takes shares above 0 and at most 1 such as 0.1,0.3 or, with so many keys" in said
+    assert f"0.5@450, not '{shares}'" in said
 
 
 EXAMPLE = str(Path(__file__).parents[2] / "docs" / "examples" / "a100-nanoflow.json")

@@ -291,6 +291,20 @@ def test_loads_have_the_share_that_was_asked_for_and_fit_the_memory() -> None:
             loads(2048, 1024, 512, bad)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.45, 0.7, 1.0])
+@pytest.mark.parametrize("keys", [60, 450, 1800])
+def test_loads_have_as_many_keys_as_asked_for(share: float, keys: int) -> None:
+    (load,) = loads(2048, 1024, 512, [(share, keys)])
+    tokens, seen = made_for(load)
+    assert tokens == pytest.approx(2048 * share, rel=0.06)  # of few tokens each is much
+    assert seen == pytest.approx(keys, rel=0.04)
+    assert load.decode_only == (share == 1)
+    (small,) = loads(2048, 1024, 512, [(share, keys)], kv_tokens=50_000)
+    assert small.kv_tokens <= max(50_000, 2048 * 4)
+    with pytest.raises(InputError, match="keys must be at least 1"):
+        loads(2048, 1024, 512, [(share, 0)])
+
+
 @pytest.mark.parametrize("size", [2, 640, 2048])
 def test_with_a_share_of_1_no_prompts_come(size: int) -> None:
     (load,) = loads(size, 1024, 512, [1.0])
