@@ -23,6 +23,7 @@ Sms = int | Literal["all"]
 # CU_DEV_SM_RESOURCE_SPLIT_IGNORE_SM_COSCHEDULING: pairs, whose unions need not have room for clusters of more than two
 # CTAs. No kernel here has any.
 BY_PAIRS = 1
+ARRANGEMENT = "pairs at even distances"  # which SMs a partition has: what was measured on others is not valid here
 
 
 class PartitionError(CudaError):
@@ -125,8 +126,10 @@ def partitions(counts: tuple[int, ...], device: int = 0) -> tuple[SmPartition, .
 
     checked(driver.cuInit(0))
     handle = checked(driver.cuDeviceGet(device))
-    left = sm_pairs(handle)
-    taken = {index: _take(left, counts[index]) for index in sorted(range(len(counts)), key=counts.__getitem__)}
+    left, taken = sm_pairs(handle), dict[int, list[Any]]()
+    # The smallest first: they are for what reads memory, and so have to be spread over all of the GPU.
+    for index in sorted(range(len(counts)), key=counts.__getitem__):
+        taken[index] = _take(left, counts[index])
     return tuple(partition_of(taken[index], handle) for index in range(len(counts)))
 
 
@@ -142,7 +145,9 @@ def sm_pairs(device: Any) -> list[Any]:
 
 
 def _take(pairs: list[Any], sms: int) -> list[Any]:
-    """Take from ``pairs`` so many that they have ``sms`` SMs together, evenly over the list."""
+    """Take from ``pairs`` so many that they have ``sms`` SMs together, evenly over the list. The last, which may be a
+    single SM, is left to who takes all.
+    """
     total = sum(pair.sm.smCount for pair in pairs)
     if not 0 < sms <= total:
         raise InputError("sms", f"a partition of {sms} SMs cannot be split off the {total} that are left")

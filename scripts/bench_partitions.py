@@ -20,7 +20,8 @@ from nf.cli.files import check_writable
 from nf.cli.parser import CommandParser
 from nf.device_choice import need_gpu
 from nf.errors import NfError
-from nf.graphs.partition import BY_PAIRS, PAIR, SmPartition, partition_of, partitions, sm_pairs
+from nf.graphs.partition import BY_PAIRS, SmPartition, partition_of, partitions, sm_pairs
+from nf.graphs.pipeline_plan import PAIR
 from nf.kernels.device import checked
 from nf.kernels.registry import all_sources
 

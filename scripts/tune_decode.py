@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,29 @@ TOKENS, ROWS, CONTEXT = 2048, 512, 1280  # of the largest step, of attention, of
 GEMM, GEMM_ROWS = "gate_up_proj", 1024
 
 
+@contextmanager
+def using(ring: Ring) -> Iterator[None]:
+    """Kernels that are listed, loaded and launched meanwhile have this ring on few SMs."""
+    before, decode_attention.ON_FEW_SMS = decode_attention.ON_FEW_SMS, ring
+    try:
+        yield
+    finally:
+        decode_attention.ON_FEW_SMS = before
+
+
+def models() -> list[str]:
+    """Shapes with the product that attention is measured beside."""
+    return sorted(name for name in SHAPES if GEMM in {o.name for o in declare(shape(name)).operations})
+
+
 def sources() -> list[KernelSource]:
     """Every kernel, and decode attention in the tiles of every ring."""
     from nf.kernels.registry import all_sources
 
     found = dict.fromkeys(all_sources())
     for ring in RINGS:
-        decode_attention.ON_FEW_SMS = ring
-        found |= dict.fromkeys(decode_attention.sources())
-    decode_attention.ON_FEW_SMS = RINGS[0]
+        with using(ring):
+            found |= dict.fromkeys(decode_attention.sources())
     return list(found)
 
 
@@ -60,8 +74,7 @@ def points(model: Model, device: Any, partitions: Sequence[int], ring: Ring) -> 
     from nf.planning.gpu_bench import GpuBench
 
     work = ROWS * CONTEXT * model.config.num_kv_heads * model.config.head_dim * 2 * 2  # K and V, bf16
-    decode_attention.ON_FEW_SMS = ring  # before the bench loads its kernels
-    with closing(GpuBench(model.config, quick_extent(TOKENS, device.sms), device)) as bench:
+    with using(ring), closing(GpuBench(model.config, quick_extent(TOKENS, device.sms), device)) as bench:
         for sms in partitions:
             own, other = ("decode_attention", ROWS, sms, CONTEXT), (GEMM, GEMM_ROWS, device.sms - sms, 0)
             alone, gemm_alone, both = bench.solo(own), bench.solo(other), bench.co_run(other, own)
@@ -79,17 +92,19 @@ def steps(model: Model, device: Any, plans: Sequence[PipelinePlan], load: Load, 
     """Seconds of a step under each plan."""
     from nf.planning.gpu_step_bench import GpuStepBench
 
-    decode_attention.ON_FEW_SMS = ring
-    bench = GpuStepBench(model, device, quick=True)
-    return [bench.measure(plan, [load])[0].seconds for plan in plans]
+    with using(ring):
+        bench = GpuStepBench(model, device, quick=True)
+        return [bench.measure(plan, [load])[0].seconds for plan in plans]
 
 
 def measure(args: argparse.Namespace) -> None:
+    from nf.device_choice import need_gpu
     from nf.kernels.device import Device
 
     model = declare(shape(args.model))
     plans = [load_plan(file, model.operations, TOKENS) for file in args.plan]
     load = Load(TOKENS, args.input_len, args.output_len)
+    need_gpu(model)
     device = Device()
     record: dict[str, Any] = {"benchmark": "decode rings", "environment": environment(), "model": args.model}
     record |= {"rows": ROWS, "context": CONTEXT, "gemm": [GEMM, GEMM_ROWS], "plans": args.plan, "points": []}
@@ -117,7 +132,7 @@ def main() -> int:
     compiling.add_argument("--out", type=Path, required=True, metavar="DIR")
     compiling.set_defaults(run=compile_all)
     measuring = commands.add_parser("measure", help="on the GPU")
-    measuring.add_argument("--model", choices=sorted(SHAPES), default="llama-3-8b")
+    measuring.add_argument("--model", choices=models(), default="llama-3-8b")
     measuring.add_argument("--sms", type=int, nargs="+", default=[12, 16, 20, 24], help="partitions of attention")
     measuring.add_argument("--plan", nargs="*", default=[], metavar="FILE", help="plans for steps of 2,048 tokens")
     measuring.add_argument("--input-len", type=int, default=1024)

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decode tokens of a step, one load and one plan kept per share, 0.5@450 with 450 keys for each of them on "
         "average; with 1 no prompts come",
     )
-    add("--count", type=int, default=6, metavar="K", help="plans of Stages I and II to measure (default 6)")
+    add("--count", type=int, default=6, metavar="K", help="plans of Stages I and II to measure, per load (default 6)")
     add("--seconds", type=float, default=100.0, metavar="S", help="for Stages I and II (default 100)")
     add(
         "--add",
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="FILE",
-        help="measure these plans too, at those of the loads that they name or else at all",
+        help="measure these plans too, at those of the loads that they name or else at all (after MODEL)",
     )
     add("--quick", action="store_true", help="profile in at most 3 minutes, and measure each step for 0.7 s, not 2 s")
     add("--profile", metavar="FILE", help="take this profile and measure no nano-operation")
@@ -196,6 +196,7 @@ def _candidates(
     args: argparse.Namespace, model: Model, loads: list[Load], where: _Where
 ) -> tuple[Profile | None, list[Candidate]]:
     """What is worth measuring and the profile that says so; the user's files are read before the GPU is used."""
+    from nf.errors import InputError
     from nf.graphs.plan import load_plan
     from nf.graphs.plan_store import shape_name
     from nf.planning.profile_file import read_profile
@@ -223,6 +224,9 @@ def _candidates(
     wanted = candidates(model, profile, loads, gpu_sms, count=count, seconds=args.seconds, more=more)
     if where.kept is not None:
         sequential, *others = [replace(each, at=where.kept.at(each.plan, loads)) for each in wanted]
+        for file, plan in zip(args.add, more, strict=False):
+            if not where.kept.at(plan, loads):
+                raise InputError("--add", f"{file} was not measured in {args.measured} at any of these loads")
         wanted = [replace(sequential, at=None), *(each for each in others if each.at)]
     return profile, wanted
 
@@ -331,12 +335,14 @@ def _say(args: argparse.Namespace, words: str) -> None:
 
 def _shares(text: str) -> tuple[float | tuple[float, int], ...]:
     """``0.3,0.5@450``: shares, some of them with the mean number of keys."""
+    from nf.planning.loads import MOST_KEYS
+
     found: list[float | tuple[float, int]] = []
     try:
         for part in text.split(","):
             share, at, keys = part.partition("@")
             found.append((float(share), int(keys)) if at else float(share))
-            if not 0 < float(share) <= 1 or (at and int(keys) < 1):
+            if not 0 < float(share) <= 1 or (at and not 1 <= int(keys) <= MOST_KEYS):
                 raise ValueError(part)
     except ValueError:
         raise argparse.ArgumentTypeError(

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 from nf.bench.card import driver_version, power_cap
 from nf.bench.power import PowerMeter
@@ -26,9 +25,8 @@ from nf.executors.gpu_layers import Layers
 from nf.executors.gpu_memory import step_memory
 from nf.executors.gpu_pages import KvPages, page_bytes
 from nf.executors.gpu_weights import random_device_weights
-from nf.graphs import partition
 from nf.graphs.capture import Graph, capture
-from nf.graphs.partition import Lane, lanes, required_partitions
+from nf.graphs.partition import ARRANGEMENT, Lane, lanes, required_partitions
 from nf.graphs.pipeline_plan import PipelinePlan, Stream
 from nf.graphs.plan import LayerStep, sequential_plan
 from nf.kernels import device as cuda
@@ -63,7 +61,7 @@ def profile_key(device: cuda.Device) -> ProfileKey:
     for source in sorted(all_sources(), key=lambda source: source.name):
         state.update(source.digest(device.arch).encode())
     state.update((HERE / "gemm_table.json").read_bytes())  # which of them is launched
-    state.update(Path(partition.__file__).read_bytes())  # and on which SMs
+    state.update(ARRANGEMENT.encode())  # and on which SMs
     return ProfileKey(device.name, driver_version() or "unknown", state.hexdigest()[:12])
 
 

@@ -51,8 +51,8 @@ class MeasuredOn:
 
 
 class KeptSteps:
-    """A ``StepBench`` that measures nothing twice: the nth time it is asked for a plan it answers with the nth
-    measurement of it, which the file has or ``bench`` makes.
+    """A ``StepBench`` that measures nothing twice: the nth time it is asked for a plan at a load it answers with the
+    nth measurement of it there, which the file has or ``bench`` makes.
 
     Args:
         path: of the file, written whole after every measurement.
@@ -63,7 +63,7 @@ class KeptSteps:
     def __init__(self, path: Path, on: MeasuredOn, steps: Steps, bench: StepBench | None = None) -> None:
         self.on = on
         self._path, self._steps, self._bench = path, steps, bench
-        self._asked: Counter[PipelinePlan] = Counter()
+        self._asked: Counter[tuple[PipelinePlan, Load]] = Counter()
 
     @property
     def plans(self) -> list[PipelinePlan]:
@@ -81,20 +81,23 @@ class KeptSteps:
         Raises:
             NfError: the file has too few measurements of the plan, and there is nothing to make them with.
         """
-        known, time = self._known(plan), self._asked[_plain(plan)]
-        missing = [load for load in loads if len(self._steps.get((known, load), ())) <= time]
+        known, own = self._known(plan), plain(plan)
+        missing = [load for load in loads if len(self._steps.get((known, load), ())) <= self._asked[own, load]]
         if missing:
             if self._bench is None:
-                raise NfError(f"not measured in {self._path}" if not time else f"measured only once in {self._path}")
+                often = "only once" if self._asked[own, missing[0]] else "not"
+                where = f"{missing[0].input_len} in, {missing[0].output_len} out"
+                raise NfError(f"{plan.name} at {where} was {often} measured in {self._path}")
             for load, found in zip(missing, self._bench.measure(plan, missing), strict=True):
                 self._steps.setdefault((known, load), []).append(found)
             self._save()
-        self._asked[_plain(plan)] += 1
-        return [self._steps[known, load][time] for load in loads]
+        times = [self._asked[own, load] for load in loads]
+        self._asked.update((own, load) for load in loads)
+        return [self._steps[known, load][time] for load, time in zip(loads, times, strict=True)]
 
     def _known(self, plan: PipelinePlan) -> PipelinePlan:
         """The plan under the name that it has in the file."""
-        return next((other for other in self.plans if _plain(other) == _plain(plan)), plan)
+        return next((other for other in self.plans if plain(other) == plain(plan)), plan)
 
     def _save(self) -> None:
         steps = [
@@ -154,7 +157,7 @@ def _steps(steps: Iterable[dict[str, Any]]) -> Steps:
     }
 
 
-def _plain(plan: PipelinePlan) -> PipelinePlan:
+def plain(plan: PipelinePlan) -> PipelinePlan:
     """What of a plan decides how fast it is."""
     return replace(plan, name="", model=None, gpu=None, loads=())
 

@@ -11,6 +11,7 @@ from nf.errors import InputError
 from nf.planning.nano_layer import BatchShape
 
 SHRINK = 0.9
+MOST_KEYS = 1 << 20  # that a decode token may see
 
 Mix = float | tuple[float, int]
 """Share of a step's tokens that decode, or that and how many keys each of them sees on average."""
@@ -27,7 +28,8 @@ def loads(
     number of keys is given, as many as make it so.
 
     Args:
-        decode_shares: of the tokens of a step, each above 0; with 1 no prompt is left to be read.
+        decode_shares: of the tokens of a step, each above 0, as near as whole tokens allow; with 1 no prompt is left to
+            be read.
         kv_tokens: that the KV cache holds; with more decode tokens requests get shorter, as no more would be running
             otherwise. None: no bound.
 
@@ -48,16 +50,16 @@ def _mixed(dense_batch_size: int, input_len: int, output_len: int, mix: Mix) -> 
     share, keys = mix if isinstance(mix, tuple) else (mix, None)
     if not 0 < share <= 1:
         raise InputError("decode_shares", f"must be above 0 and at most 1, got {share:g}")
-    if keys is not None and keys < 1:
-        raise InputError("decode_shares", f"keys must be at least 1, got {keys}")
-    prompt, decodes = float(input_len), output_len - 1.0
+    prompt, decodes = input_len, output_len - 1
     if share < 1:
-        decodes = share * (input_len + output_len)
-        prompt = input_len + output_len - decodes
+        decodes = max(1, round(share * (input_len + output_len)))
+        prompt = max(1, input_len + output_len - decodes)
     if keys is not None:
+        if not 1 <= keys <= MOST_KEYS:
+            raise InputError("decode_shares", f"keys must be from 1 to {MOST_KEYS}, got {keys}")
         scale = keys / (prompt + decodes / 2)
-        prompt, decodes = prompt * scale, decodes * scale
-    return Load(dense_batch_size, max(1, round(prompt)), max(1, round(decodes)) + 1, decode_only=share == 1)
+        prompt, decodes = max(1, round(prompt * scale)), max(1, round(decodes * scale))
+    return Load(dense_batch_size, prompt, decodes + 1, decode_only=share == 1)
 
 
 def fitting(load: Load, kv_tokens: int | None) -> Load:

@@ -32,7 +32,7 @@ class ProfileKey:
 
     gpu: str
     driver: str
-    kernels: str  # version or digest of the kernel sources
+    kernels: str  # version or digest of the kernels, and of which SMs partitions have
 
     @property
     def file_name(self) -> str:

@@ -19,7 +19,7 @@ from nf.graphs.builtin import nano_batch_plan, sequential_plan
 from nf.graphs.pipeline_plan import PipelinePlan, Stream
 from nf.models.declaration import Model
 from nf.planning import predict
-from nf.planning.kept_steps import StepBench
+from nf.planning.kept_steps import StepBench, plain
 from nf.planning.loads import batch_shape, made_for
 from nf.planning.nano_layer import COMPUTE
 from nf.planning.predict import Prediction
@@ -28,7 +28,7 @@ from nf.planning.resources import propose
 
 SEQUENTIAL = "sequential"
 WORTH = 0.003  # relative; two measurements of one plan differ by up to about as much
-HOPEFUL = 1.06  # times the best predicted time of a load; predictions are off by as much
+HOPEFUL = 1.06  # times the best predicted time of a load; nearly all predictions are off by less
 PARTITION_SMS = 5 * SM_STEP  # of the partition that is measured where no other one was found worth it
 
 
@@ -63,12 +63,9 @@ class Result:
 
     def ratio(self, base: Result, load: int) -> float:
         """Time over that of ``base`` at a load; infinite where one of them was not measured."""
-        if load not in self.at or load not in base.at:
-            return math.inf
-        own, other = self.measured[load], base.measured[load]
-        assert own is not None
-        assert other is not None
-        return own.seconds / other.seconds
+        own = self.measured[load] if self.measured else None
+        other = base.measured[load] if base.measured else None
+        return math.inf if own is None or other is None else own.seconds / other.seconds
 
     def errors(self) -> list[float]:
         """Relative errors of the predicted times, where there are both."""
@@ -165,24 +162,23 @@ def candidates(
         given = replace(plan, loads=())
         kinds.setdefault(given, "given")
         own = tuple(number for number, load in enumerate(loads) if made_for(load) in plan.loads)
-        asked.setdefault(given, own or None)
-    found = [candidate_of(plan, kind, model, profile, loads) for plan, kind in kinds.items()]
-    for number, candidate in enumerate(found):
-        at = asked[candidate.plan] if candidate.plan in asked else _hopeful(candidate, found)
-        found[number] = replace(candidate, at=at)
-    found = [candidate for candidate in found if candidate.at != ()]
-    names = _named_apart([candidate.plan for candidate in found])
-    return [replace(candidate, plan=plan) for candidate, plan in zip(found, names, strict=True)]
+        before = asked.get(given, ())  # of another file with the same pipeline, or a baseline: everywhere
+        asked[given] = tuple(dict.fromkeys([*before, *own])) if own and before is not None else None
+    every = [candidate_of(plan, kind, model, profile, loads) for plan, kind in kinds.items()]
+    best = [min((p.seconds for c in every if (p := c.predicted[n])), default=math.inf) for n in range(len(loads))]
+    worth = [replace(c, at=asked[c.plan] if c.plan in asked else _hopeful(c, best)) for c in every]
+    worth = [candidate for candidate in worth if candidate.at != ()]
+    names = _named_apart([candidate.plan for candidate in worth])
+    return [replace(candidate, plan=plan) for candidate, plan in zip(worth, names, strict=True)]
 
 
-def _hopeful(candidate: Candidate, among: Sequence[Candidate]) -> tuple[int, ...]:
-    """Loads at which it is predicted to take little longer than the fastest."""
-    found = []
-    for number, predicted in enumerate(candidate.predicted):
-        best = min((other.seconds for each in among if (other := each.predicted[number])), default=math.inf)
-        if predicted is not None and predicted.seconds <= HOPEFUL * best:
-            found.append(number)
-    return tuple(found)
+def _hopeful(candidate: Candidate, best: Sequence[float]) -> tuple[int, ...]:
+    """Loads at which it is predicted to take little longer than the fastest does, ``best`` seconds."""
+    return tuple(
+        number
+        for number, (predicted, least) in enumerate(zip(candidate.predicted, best, strict=True))
+        if predicted is not None and predicted.seconds <= HOPEFUL * least
+    )
 
 
 def candidate_of(
@@ -226,7 +222,7 @@ def search(
     for candidate in wanted:
         results.append(_once(candidate, loads, bench, progress, required=not results))
     for candidate in _close_to_winners(results, len(loads), vary):
-        results.append(_once(candidate, loads, bench, progress))
+        _add(results, _once(candidate, loads, bench, progress))
     base, winners = results[0], _winners(results, len(loads))
     best = [base] * len(loads)
     if winners:
@@ -244,17 +240,35 @@ def search(
 def _close_to_winners(
     results: Sequence[Result], num_loads: int, vary: Callable[[PipelinePlan], Iterable[Candidate]]
 ) -> list[Candidate]:
-    """What is close to the winner of a load, each once and for all loads where that is so."""
-    known = {replace(result.candidate.plan, name="") for result in results}
+    """What is close to the winner of a load, each once and for all loads where that is so and it was not measured."""
+    known = {plain(result.candidate.plan): result for result in results}
     near: dict[PipelinePlan, Candidate] = {}
+    at: dict[PipelinePlan, list[int]] = {}
     for number, winner in enumerate(fastest(results, num_loads)):
         for candidate in vary(winner.candidate.plan) if winner is not results[0] else ():
-            nameless = replace(candidate.plan, name="")
-            if nameless not in known:
-                before = near.setdefault(nameless, replace(candidate, at=()))
-                near[nameless] = replace(before, at=tuple(dict.fromkeys([*(before.at or ()), number])))
-    names = _named_apart([*(result.candidate.plan for result in results), *(each.plan for each in near.values())])
-    return [replace(each, plan=plan) for each, plan in zip(near.values(), names[len(results) :], strict=True)]
+            own = plain(candidate.plan)
+            before = known.get(own)
+            if before is None or not (before.error or number in before.at):
+                near.setdefault(own, candidate if before is None else before.candidate)
+                at.setdefault(own, []).append(number)
+    new = [own for own in near if own not in known]
+    names = _named_apart([*(result.candidate.plan for result in results), *(near[own].plan for own in new)])
+    named = dict(zip(new, names[len(results) :], strict=True))
+    return [
+        replace(candidate, plan=named.get(own, candidate.plan), at=tuple(dict.fromkeys(at[own])))
+        for own, candidate in near.items()
+    ]
+
+
+def _add(results: list[Result], more: Result) -> None:
+    """Take a result in; one of a plan that was measured at other loads before joins the earlier one."""
+    for number, result in enumerate(results):
+        if plain(result.candidate.plan) == plain(more.candidate.plan):
+            if not more.error:
+                joined = (a or b for a, b in zip(result.measured, more.measured, strict=True))
+                results[number] = replace(result, measured=tuple(joined))
+            return
+    results.append(more)
 
 
 def _once(
@@ -288,8 +302,9 @@ def _once_more(result: Result, loads: Sequence[Load], bench: StepBench, progress
     """The result with the means of its measurements and of new ones."""
     progress(f"measuring {result.candidate.plan.name} once more")
     second = _measured(result.candidate.plan, result.at, loads, bench)
-    means = (a and b and _mean(a, b) for a, b in zip(result.measured, second, strict=True))
-    return replace(result, measured=tuple(means))
+    pairs = zip(result.measured, second, strict=True)
+    means = tuple(None if a is None or b is None else _mean(a, b) for a, b in pairs)
+    return replace(result, measured=means)
 
 
 def _winners(results: Sequence[Result], num_loads: int) -> list[Result]:

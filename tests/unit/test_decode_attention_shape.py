@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nf.errors import InputError
-from nf.kernels.decode_attention import DecodeShape, ring_on, sources
+from nf.kernels.decode_attention import ON_FEW_SMS, ON_MANY_SMS, DecodeShape, ring_on, sources
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,11 @@ def test_no_launch_has_more_warps_than_the_workspace_has_spans(sms: int) -> None
     shape = DecodeShape(32, 8, 128, 16)
     for used in range(1, sms + 1):
         assert used * ring_on(used).warps <= shape.max_spans(sms)
+
+
+def test_few_sms_have_a_ring_of_their_own() -> None:
+    assert [ring_on(sms) for sms in (2, 64, 66, 132)] == [ON_FEW_SMS, ON_FEW_SMS, ON_MANY_SMS, ON_MANY_SMS]
+    assert ON_FEW_SMS.shared_bytes > ON_MANY_SMS.shared_bytes
 
 
 def test_workspace_holds_plan_and_parts() -> None:

@@ -110,6 +110,7 @@ def test_a_partition_is_spread_over_the_gpu_and_leaves_what_others_need(sms: int
     small, rest = (group.context.members for group in partitions((sms, TOTAL - sms)))
     gaps = [b - a for a, b in pairwise(small[::2])]
     assert max(gaps) - min(gaps) <= 2
+    assert TOTAL - small[-1] <= TOTAL / sms * 2 + 2  # to the end of the list
     assert max(gaps) <= TOTAL / sms * 2 + 2
     assert [sm for pair in zip(small[::2], small[1::2], strict=True) for sm in pair] == small
     assert all(b == a + 1 and a % 2 == 0 for a, b in zip(small[::2], small[1::2], strict=True))

@@ -24,11 +24,13 @@ from nf.cli import plan as command
 from nf.cli import plan_profile, plan_search, plan_shares
 from nf.errors import InputError, NfError
 from nf.executors.trace import Span
-from nf.graphs.plan import PipelinePlan, load_plan
+from nf.graphs.plan import PipelinePlan, load_plan, nano_batch_plan
 from nf.graphs.plan_store import find_plans, shape_name
 from nf.planning import gpu_bench, gpu_step_bench, profiling
 from nf.planning.hardware import ACCELERATORS
+from nf.planning.loads import loads, made_for
 from nf.planning.profile_file import read_profile, save_profile
+from nf.planning.search import partitioned
 
 QUICK = profiling.quick_extent(2048, SMS)
 SOLOS = len(profiling.wanted_solos(MODEL.operations, QUICK))
@@ -220,7 +222,7 @@ def test_a_search_that_was_cut_short_chooses_nothing_it_has_not_measured_twice(
     result = json.loads(out)
     assert [load["chosen"] for load in result["loads"]] == ["sequential"]
     assert [plan["loads"][0]["speed_up"] for plan in result["plans"]] == pytest.approx([1, 1, 1.25, 1])
-    again = f"there is no second measurement (measured only once in {steps})"
+    again = f"there is no second measurement (sequential at 1024 in, 512 out was only once measured in {steps})"
     assert err.splitlines()[-1] == f"nf plan search: sequential stays: {again}"
     assert not gpu.exists()
 
@@ -330,7 +332,9 @@ def test_profiles_are_kept_where_they_are_wanted(
         f"{POINTS} points measured, 0 known before",
         str(folder / KEY.file_name),
     ]
-    assert len(read_profile(folder / KEY.file_name, shape_name(MODEL.config)).solos) == SOLOS
+    kept = read_profile(folder / KEY.file_name, shape_name(MODEL.config))
+    assert len(kept.solos) == SOLOS
+    assert len(kept.trend["gate_up_proj", 112]) == 2048 // 128
     assert not profiles.exists()
     assert nf(*argv) == 0
     assert f"0 points measured, {POINTS} known before" in capsys.readouterr().out
@@ -410,6 +414,49 @@ def test_steps_that_only_decode_are_predicted_and_their_measurements_kept(
     with pytest.raises(NfError, match="not measured in"):  # with prompts it is another load
         nf("search", "llama-3-8b", *mixed, "--measured", steps, "--no-store", "-q")
     assert not gpu.exists()
+
+
+def test_loads_may_name_keys(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shares = ("--decode-share", "0.3,0.5@450")
+    argv = ("search", "llama-3-8b", "--profile", profile, "--predict-only", "--count", "0", "--json", *shares)
+    assert nf(*argv) == 0
+    first, second = json.loads(capsys.readouterr().out)["loads"]
+    assert first["input_len"] + first["output_len"] == 1024 + 512 + 1
+    assert second["decode_tokens"] == pytest.approx(1024, abs=8)
+    assert second["input_len"] + second["output_len"] / 2 == pytest.approx(450, abs=2)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_given_plans_are_measured_at_the_loads_that_they_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two files with one pipeline for a load each, and one for all."""
+    first, second = (made_for(load) for load in loads(2048, 1024, 512, (0.3, 0.7), 10**6))
+    half = partitioned(nano_batch_plan(MODEL.operations, 2048), 16, SMS)
+    plans = [
+        replace(half, name="mine", loads=(first,)),
+        replace(half, name="mine", loads=(second,)),
+        replace(half, name="all", nano_batches=((0, 512), (512, 2048))),
+    ]
+    files = [tmp_path / f"{number}.json" for number in range(3)]
+    for file, plan in zip(files, plans, strict=True):
+        file.write_text(plan.to_json())
+    argv = ("search", "llama-3-8b", "--count", "0", "--no-store", "-q", "--json", "--decode-share", "0.3,0.7")
+    steps = str(tmp_path / "steps.json")
+
+    def times(*given: Path) -> dict[str, list[bool]]:
+        Path(steps).unlink(missing_ok=True)
+        assert nf(*argv, "--kv-tokens", "1000000", "--results", steps, "--add", *map(str, given)) == 0
+        plans = json.loads(capsys.readouterr().out)["plans"]
+        return {plan["name"]: [load["measured_s"] is not None for load in plan["loads"]] for plan in plans}
+
+    found = times(files[0], files[2])
+    assert (found["mine"], found["all"]) == ([True, False], [True, True])
+    assert times(files[0], files[1])["mine"] == [True, True]
+    never = tmp_path / "never.json"
+    never.write_text(replace(half, name="never", nano_batches=((0, 256), (256, 2048))).to_json())
+    with pytest.raises(InputError, match=r"^--add: .*never\.json was not measured in"):
+        nf(*argv, "--kv-tokens", "1000000", "--measured", steps, "--add", str(never))
 
 
 @pytest.mark.parametrize("shares", ["0", "1.5", "-0.1", "0.1,", "x", "nan", "0.5,2", "0.5@", "0.5@0", "0.5@x", "@9"])

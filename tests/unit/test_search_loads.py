@@ -14,8 +14,10 @@ from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
 from nf.cli.plan_search import write_plans
 from nf.cli.plan_search_table import table
+from nf.errors import NfError
 from nf.graphs.plan import PipelinePlan, load_plan, nano_batch_plan
 from nf.planning.coverage import covering_plans
+from nf.planning.kept_steps import MeasuredOn, open_steps, read_steps
 from nf.planning.loads import made_for
 from nf.planning.neighbours import neighbours
 from nf.planning.search import HOPEFUL, Candidate, Search, candidates, partitioned, search
@@ -133,3 +135,36 @@ def test_neighbours_are_measured_where_their_winner_won() -> None:
         "24 SMs for memory, cut at 768": (2,),
     }
     assert bench.asked[-3:] == [("sequential", EVERYWHERE), ("16", EVERYWHERE), ("24", EVERYWHERE)]
+
+
+def test_a_neighbour_that_was_measured_at_another_load_is_measured_where_its_winner_won() -> None:
+    other = replace(cut_plan(20, 512, "20"), loads=(made_for(LOADS[2]),))
+    wanted = candidates(MODEL, None, LOADS, SMS, more=[cut_plan(16, 512, "16"), other])
+
+    def seconds(plan: PipelinePlan, number: int) -> float:
+        memory, cut = plan.streams[-1].sms, plan.nano_batches[0][1]
+        return {(16, 512): 0.9, (20, 512): 0.8}.get((memory, cut), 1.0) if number == 1 else 1.0
+
+    bench = Bench(seconds)
+    found = search(
+        wanted, LOADS, bench, vary=lambda plan: [Candidate(n, "neighbour", (None,) * 3) for n in neighbours(plan)]
+    )
+    assert [best.candidate.plan.name for best in found.best] == ["sequential", "20", "sequential"]
+    assert [asked for asked in bench.asked if asked[0] == "20"] == [("20", (2,)), ("20", (1,)), ("20", (1, 2))]
+    (own,) = (result for result in found.results if result.candidate.plan.name == "20")
+    assert own.at == (1, 2)
+
+
+def test_one_plan_at_one_load_after_the_other_is_kept_and_found(tmp_path: Path) -> None:
+    on = MeasuredOn("m", "a GPU", SMS, "1", "x", 1000)
+    bench = Bench(lambda _, number: 1.0 + number)
+    kept, plan = open_steps(tmp_path / "steps.json", on, bench), cut_plan(16, 512)
+    assert [m.seconds for m in kept.measure(plan, LOADS[:1])] == [1.0]
+    assert [m.seconds for m in kept.measure(replace(plan, name="other"), LOADS[1:])] == [2.0, 3.0]
+    assert kept.at(plan, LOADS) == EVERYWHERE
+    again = read_steps(tmp_path / "steps.json", "m")
+    assert again.at(plan, LOADS[::-1]) == EVERYWHERE
+    assert again.at(cut_plan(16, 768), LOADS) == ()
+    assert [m.seconds for m in again.measure(plan, LOADS[1:2])] == [2.0]
+    with pytest.raises(NfError, match=r"cut at 700 in, 700 out was only once measured in .*steps\.json"):
+        again.measure(plan, LOADS[1:2])

@@ -70,6 +70,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_bench, "GpuBench", Bench)
     monkeypatch.setattr(gpu_step_bench, "GpuStepBench", StepBench)
     monkeypatch.setattr("nf.kernels.device.Device", lambda: SimpleNamespace(sms=SMS))
+    monkeypatch.setattr("nf.device_choice.need_gpu", lambda _model: None)
 
 
 def test_a_bundle_has_the_tiles_of_every_ring(script: Any) -> None:
@@ -81,6 +82,8 @@ def test_a_bundle_has_the_tiles_of_every_ring(script: Any) -> None:
         assert f"decode_attention_d128_p16_t{ring.tile_keys(128)}" in names
         assert ring.shared_bytes <= 227 * 1024
     assert script.RINGS[0] == decode_attention.ON_FEW_SMS
+    assert "mixtral-8x7b" not in script.models()
+    assert "llama-3-8b" in script.models()
 
 
 @pytest.mark.usefixtures("gpu")
@@ -103,7 +106,19 @@ def test_every_ring_is_measured_on_every_partition(
         assert point["beside_bytes_per_second"] == pytest.approx(alone / 2)
         assert point["gemm_keeps"] == pytest.approx(0.8)
     assert [step["ring"] for step in record["steps"]] == [point["ring"] for point in record["points"][::2]]
+    for step in record["steps"]:
+        warps, stages, stage_bytes = step["ring"]
+        assert step["seconds"] == [pytest.approx(1e6 / (1e9 * warps * (stages - 1) * stage_bytes / 1024))]
+    assert script.RINGS[0] == decode_attention.ON_FEW_SMS  # as before
     assert "7 × 2 × 16 KB on 16 SMs" in capsys.readouterr().out
+
+
+def test_without_a_gpu_nothing_is_measured(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune_decode", "measure", "--out", str(tmp_path / "x.json")])
+    assert script.main() == 1
+    assert capsys.readouterr().err.startswith("tune_decode: no GPU")
 
 
 @pytest.mark.parametrize("sms", ["13", "0", "66"])
