@@ -8,7 +8,7 @@ a plan other than the sequential one has to win clearly, and to win again when b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -164,12 +164,19 @@ def candidates(
         own = tuple(number for number, load in enumerate(loads) if made_for(load) in plan.loads)
         before = asked.get(given, ())  # of another file with the same pipeline, or a baseline: everywhere
         asked[given] = tuple(dict.fromkeys([*before, *own])) if own and before is not None else None
-    every = [candidate_of(plan, kind, model, profile, loads) for plan, kind in kinds.items()]
-    best = [min((p.seconds for c in every if (p := c.predicted[n])), default=math.inf) for n in range(len(loads))]
-    worth = [replace(c, at=asked[c.plan] if c.plan in asked else _hopeful(c, best)) for c in every]
+    return _worth_measuring([candidate_of(plan, kind, model, profile, loads) for plan, kind in kinds.items()], asked)
+
+
+def _worth_measuring(
+    found: Sequence[Candidate], asked: Mapping[PipelinePlan, tuple[int, ...] | None]
+) -> list[Candidate]:
+    """Each with the loads at which it is: those that were ``asked`` for, else those where there is hope. Names differ."""
+    per_load = zip(*(candidate.predicted for candidate in found), strict=True)
+    best = [min((p.seconds for p in predicted if p is not None), default=math.inf) for predicted in per_load]
+    worth = [replace(c, at=asked[c.plan] if c.plan in asked else _hopeful(c, best)) for c in found]
     worth = [candidate for candidate in worth if candidate.at != ()]
-    names = _named_apart([candidate.plan for candidate in worth])
-    return [replace(candidate, plan=plan) for candidate, plan in zip(worth, names, strict=True)]
+    plans = _named_apart([candidate.plan for candidate in worth])
+    return [replace(candidate, plan=plan) for candidate, plan in zip(worth, plans, strict=True)]
 
 
 def _hopeful(candidate: Candidate, best: Sequence[float]) -> tuple[int, ...]:
