@@ -170,7 +170,7 @@ def candidates(
 def _worth_measuring(
     found: Sequence[Candidate], asked: Mapping[PipelinePlan, tuple[int, ...] | None]
 ) -> list[Candidate]:
-    """Each with the loads at which it is: those that were ``asked`` for, else those where there is hope. Names differ."""
+    """Each with the loads at which it is: those ``asked`` for, else those where there is hope; no two names alike."""
     per_load = zip(*(candidate.predicted for candidate in found), strict=True)
     best = [min((p.seconds for p in predicted if p is not None), default=math.inf) for predicted in per_load]
     worth = [replace(c, at=asked[c.plan] if c.plan in asked else _hopeful(c, best)) for c in found]
