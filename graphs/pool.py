@@ -109,7 +109,7 @@ class _Graphs:
         self._owners = [entry for _, entry in loads]
         # [loads, 2] logarithms of decode tokens and of the keys that they see together
         self._places = np.log([(tokens, tokens * keys) for (tokens, keys), _ in loads]).reshape(-1, 2)
-        self._any = next((entry for entry in entries if not entry[0].plan.loads), None)
+        self.any = next((entry for entry in entries if not entry[0].plan.loads), None)
 
     def find(self, decode_tokens: int, keys: int) -> Entry | None:
         """That of the load nearest to such a step, by the sum of both ratios' logarithms."""
@@ -120,7 +120,7 @@ class _Graphs:
             nearest = int(distances.argmin())
             if distances[nearest] < math.inf:
                 return self._owners[nearest]
-        return self._any
+        return self.any
 
 
 class GraphPool:
@@ -142,10 +142,13 @@ class GraphPool:
         keys together.
 
         Of the graphs with the fewest tokens to spare: the one with the load most like this step; if none is near, the
-        one for any step. A step that only decodes takes one for such steps first.
+        one for any step. A step that only decodes takes one for such steps, else the one for any step: what overlaps
+        with the products of prompts loses where there are none (on an H200 12 % at 768 tokens).
         """
         _, general, decoding = self._by_size[bisect_left(self._by_size, tokens, key=lambda graphs: graphs[0])]
-        found = decoding.find(decode_tokens, keys) if tokens == decode_tokens else None
-        found = found or general.find(decode_tokens, keys)
+        if tokens == decode_tokens:
+            found = decoding.find(decode_tokens, keys) or general.any
+        else:
+            found = general.find(decode_tokens, keys)
         assert found is not None, "every size has a graph for any step"
         return found

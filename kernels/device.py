@@ -242,13 +242,6 @@ class Event:
 
         checked(driver.cuEventRecord(self.handle, stream))
 
-    def record_in_graph(self, stream: int) -> None:
-        """While ``stream`` is captured: have every replay of the graph mark this point, for the host to read."""
-        from cuda.bindings import driver
-
-        flags = driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL
-        checked(driver.cuEventRecordWithFlags(self.handle, stream, int(flags.value)))
-
     def synchronize(self) -> None:
         """Wait for it; other threads of this process run meanwhile."""
         from cuda.bindings import driver

@@ -23,6 +23,7 @@ MODULES = (
     "copies",
     "stream",
     "random_fill",
+    "stamp",
 )
 """Modules of this package with a function ``sources() -> list[KernelSource]``. Those with what takes longest to compile
 come first: begun last, it would keep one process busy after the others have ended."""

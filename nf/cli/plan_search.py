@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nf.kernels.device import Device
     from nf.models.declaration import Model
     from nf.planning.kept_steps import KeptSteps, MeasuredOn, StepBench
+    from nf.planning.loads import DecodeShare
     from nf.planning.profile import Profile
     from nf.planning.search import Candidate, Search
 
@@ -333,18 +334,17 @@ def _say(args: argparse.Namespace, words: str) -> None:
         print(f"nf plan search: {words}", file=sys.stderr, flush=True)
 
 
-def _shares(text: str) -> tuple[float | tuple[float, int], ...]:
+def _shares(text: str) -> tuple[DecodeShare, ...]:
     """``0.3,0.5@450``: shares, some of them with the mean number of keys."""
-    from nf.planning.loads import MOST_KEYS
+    from nf.errors import InputError
+    from nf.planning.loads import DecodeShare
 
-    found: list[float | tuple[float, int]] = []
+    found = []
     try:
         for part in text.split(","):
             share, at, keys = part.partition("@")
-            found.append((float(share), int(keys)) if at else float(share))
-            if not 0 < float(share) <= 1 or (at and not 1 <= int(keys) <= MOST_KEYS):
-                raise ValueError(part)
-    except ValueError:
+            found.append(DecodeShare(float(share), int(keys) if at else None))
+    except (ValueError, InputError):
         raise argparse.ArgumentTypeError(
             f"takes shares above 0 and at most 1 such as 0.1,0.3 or, with so many keys per decode token, 0.5@450, "
             f"not {text!r}"

@@ -37,6 +37,7 @@ from nf.kernels.compile import Artifact
 from nf.kernels.device import CudaError, Device, Event, Stream
 from nf.kernels.load import KernelLoader
 from nf.kernels.random_fill import RandomFill
+from nf.kernels.stamp import Stamp
 from nf.models.declaration import Model
 from nf.scheduler.batch import Batch, Int32, without_sampling
 
@@ -192,6 +193,7 @@ class GpuExecutor:
             unroll(step.plan, step.operations, self._config.num_layers),
             self._lanes(step.plan),
             self._stream,
+            Stamp(self._loader),
         )
 
     def randomize_kv(self, seed: int) -> None:

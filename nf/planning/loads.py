@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nf.bench.steady_step import Load
 from nf.errors import InputError
@@ -13,23 +13,40 @@ from nf.planning.nano_layer import BatchShape
 SHRINK = 0.9
 MOST_KEYS = 1 << 20  # that a decode token may see
 
-Mix = float | tuple[float, int]
-"""Share of a step's tokens that decode, or that and how many keys each of them sees on average."""
+
+@dataclass(frozen=True, slots=True)
+class DecodeShare:
+    """How much of a step decodes.
+
+    Args:
+        share: of its tokens, above 0, as near as whole tokens allow; with 1 no prompt is left to be read.
+        keys: that each of these tokens sees on average; None: as follows from the lengths of requests.
+
+    Raises:
+        InputError: out of range.
+    """
+
+    share: float
+    keys: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise InputError("decode_shares", f"must be above 0 and at most 1, got {self.share:g}")
+        if self.keys is not None and not 1 <= self.keys <= MOST_KEYS:
+            raise InputError("decode_shares", f"keys must be from 1 to {MOST_KEYS}, got {self.keys}")
 
 
 def loads(
     dense_batch_size: int,
     input_len: int,
     output_len: int,
-    decode_shares: Sequence[Mix] = (),
+    decode_shares: Sequence[DecodeShare] = (),
     kv_tokens: int | None = None,
 ) -> list[Load]:
-    """One load of these lengths, or one per decode share: with as many tokens in and out together or, where a mean
-    number of keys is given, as many as make it so.
+    """One load of these lengths, or one per decode share: with as many tokens in and out together or, where that has a
+    number of keys, as many as make it so.
 
     Args:
-        decode_shares: of the tokens of a step, each above 0, as near as whole tokens allow; with 1 no prompt is left to
-            be read.
         kv_tokens: that the KV cache holds; with more decode tokens requests get shorter, as no more would be running
             otherwise. None: no bound.
 
@@ -46,20 +63,15 @@ def loads(
     return [fitting(_mixed(dense_batch_size, input_len, output_len, mix), kv_tokens) for mix in decode_shares]
 
 
-def _mixed(dense_batch_size: int, input_len: int, output_len: int, mix: Mix) -> Load:
-    share, keys = mix if isinstance(mix, tuple) else (mix, None)
-    if not 0 < share <= 1:
-        raise InputError("decode_shares", f"must be above 0 and at most 1, got {share:g}")
+def _mixed(dense_batch_size: int, input_len: int, output_len: int, mix: DecodeShare) -> Load:
     prompt, decodes = input_len, output_len - 1
-    if share < 1:
-        decodes = max(1, round(share * (input_len + output_len)))
+    if mix.share < 1:
+        decodes = max(1, round(mix.share * (input_len + output_len)))
         prompt = max(1, input_len + output_len - decodes)
-    if keys is not None:
-        if not 1 <= keys <= MOST_KEYS:
-            raise InputError("decode_shares", f"keys must be from 1 to {MOST_KEYS}, got {keys}")
-        scale = keys / (prompt + decodes / 2)
+    if mix.keys is not None:
+        scale = mix.keys / (prompt + decodes / 2)
         prompt, decodes = max(1, round(prompt * scale)), max(1, round(decodes * scale))
-    return Load(dense_batch_size, prompt, decodes + 1, decode_only=share == 1)
+    return Load(dense_batch_size, prompt, decodes + 1, decode_only=mix.share == 1)
 
 
 def fitting(load: Load, kv_tokens: int | None) -> Load:

@@ -36,6 +36,7 @@ def bench(request: pytest.FixtureRequest, device: Device) -> Iterator[GpuBench]:
     made.close()
 
 
+@pytest.mark.alone
 def test_a_profile_is_filled(bench: GpuBench, device: Device) -> None:
     profile = Profile(profile_key(device), "small", device.sms)
     fill(profile, bench, bench.model.operations, EXTENT, save=lambda _: None)

@@ -251,9 +251,11 @@ def test_a_step_takes_the_plan_made_for_steps_most_like_it(plans: list[PipelineP
     most = plans[0].dense_batch_size
     pool, sizes = pool_of(plans), {*capacities(most), *(plan.dense_batch_size for plan in plans)}
     for _ in range(20):
-        tokens = data.draw(st.integers(1, most))
-        decodes = data.draw(st.integers(0, tokens) | st.just(tokens))
-        keys = decodes * data.draw(st.integers(1, 3000))
+        like = data.draw(st.sampled_from(plans))
+        tokens = data.draw(st.integers(1, most) | st.just(like.dense_batch_size))
+        number, seen = data.draw(st.sampled_from(like.loads or [(tokens, 1000)]))
+        decodes = data.draw(st.integers(0, tokens) | st.just(tokens) | st.just(min(tokens, number)))
+        keys = decodes * data.draw(st.integers(1, 3000) | st.just(seen))
         step, _graph = pool.find(tokens, decodes, keys)
         size = step.plan.dense_batch_size
         assert size == min(s for s in sizes if s >= tokens)
@@ -271,7 +273,7 @@ def test_a_step_takes_the_plan_made_for_steps_most_like_it(plans: list[PipelineP
 
         made = [plan for plan in plans[1:] if plan.dense_batch_size == size and unlike(plan) < math.inf]
         whole = [plan for plan in made if plan.loads[0][0] == size]
-        able = whole if only_decodes and (whole or size <= SHORT) else [p for p in made if p.loads[0][0] != size]
+        able = whole if only_decodes else [plan for plan in made if plan.loads[0][0] != size]
         if able:
             assert unlike(step.plan) == pytest.approx(min(map(unlike, able)))
             assert step.plan in [replace(plan, streams=step.plan.streams) for plan in able]
@@ -324,6 +326,14 @@ def test_a_sequential_plan_stored_for_some_decode_tokens_holds_others_off() -> N
     beside = pool_of([sequential_plan(LLAMA, 2048), nano, sequential])
     assert beside.find(2048, 750, 75000)[0].plan == sequential
     assert beside.find(2048, 650, 65000)[0].plan == nano
+
+
+def test_plans_for_steps_with_prompts_are_not_for_steps_that_only_decode() -> None:
+    """What overlaps with the products of prompts loses where there are none."""
+    nano = replace(nano_batch_plan(LLAMA, 1024), loads=((900, 100),))
+    pool = pool_of([sequential_plan(LLAMA, 2048), nano])
+    assert pool.find(1000, 999, 99_900)[0].plan == nano
+    assert pool.find(1000, 1000, 100_000)[0].plan.name == "sequential"
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])

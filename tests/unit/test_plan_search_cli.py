@@ -28,7 +28,7 @@ from nf.graphs.plan import PipelinePlan, load_plan, nano_batch_plan
 from nf.graphs.plan_store import find_plans, shape_name
 from nf.planning import gpu_bench, gpu_step_bench, profiling
 from nf.planning.hardware import ACCELERATORS
-from nf.planning.loads import loads, made_for
+from nf.planning.loads import DecodeShare, loads, made_for
 from nf.planning.profile_file import read_profile, save_profile
 from nf.planning.search import partitioned
 
@@ -431,7 +431,7 @@ def test_given_plans_are_measured_at_the_loads_that_they_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two files with one pipeline for a load each, and one for all."""
-    first, second = (made_for(load) for load in loads(2048, 1024, 512, (0.3, 0.7), 10**6))
+    first, second = (made_for(load) for load in loads(2048, 1024, 512, [DecodeShare(0.3), DecodeShare(0.7)], 10**6))
     half = partitioned(nano_batch_plan(MODEL.operations, 2048), 16, SMS)
     plans = [
         replace(half, name="mine", loads=(first,)),

@@ -23,7 +23,7 @@ from nf.models.operations import Rows
 from nf.planning.coverage import covering_plans
 from nf.planning.gpu_step_bench import plans_for
 from nf.planning.kept_steps import MeasuredOn, open_steps, read_steps
-from nf.planning.loads import batch_shape, loads, made_for
+from nf.planning.loads import DecodeShare, batch_shape, loads, made_for
 from nf.planning.nano_layer import profiled_costs
 from nf.planning.predict import of_plan, rounds_of
 from nf.planning.profiling import ENDS
@@ -280,49 +280,49 @@ def test_what_cannot_be_predicted() -> None:
 
 def test_loads_have_the_share_that_was_asked_for_and_fit_the_memory() -> None:
     for share in (0.1, 0.3, 0.5, 0.7):
-        (load,) = loads(2048, 1024, 512, [share])
+        (load,) = loads(2048, 1024, 512, [DecodeShare(share)])
         assert load.num_decode == pytest.approx(2048 * share, abs=2)
         assert sum(new for _, new in load.chunks()) == 2048 - load.num_decode
-        (small,) = loads(2048, 1024, 512, [share], kv_tokens=300_000)
+        (small,) = loads(2048, 1024, 512, [DecodeShare(share)], kv_tokens=300_000)
         assert small.kv_tokens <= 300_000
         assert small.num_decode == pytest.approx(load.num_decode, rel=0.02)
-    for bad in ([0.0], [1.01], [-1.0], [math.nan]):
+    for bad in (0.0, 1.01, -1.0, math.nan):
         with pytest.raises(InputError, match="above 0 and at most 1"):
-            loads(2048, 1024, 512, bad)
+            DecodeShare(bad)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.45, 0.7, 1.0])
 @pytest.mark.parametrize("keys", [60, 450, 1800])
 def test_loads_have_as_many_keys_as_asked_for(share: float, keys: int) -> None:
-    (load,) = loads(2048, 1024, 512, [(share, keys)])
+    (load,) = loads(2048, 1024, 512, [DecodeShare(share, keys)])
     tokens, seen = made_for(load)
     assert tokens == pytest.approx(2048 * share, rel=0.06)  # of few tokens each is much
     assert seen == pytest.approx(keys, rel=0.04)
     assert load.decode_only == (share == 1)
-    (small,) = loads(2048, 1024, 512, [(share, keys)], kv_tokens=50_000)
+    (small,) = loads(2048, 1024, 512, [DecodeShare(share, keys)], kv_tokens=50_000)
     assert small.kv_tokens <= max(50_000, 2048 * 4)
     with pytest.raises(InputError, match="keys must be from 1 to"):
-        loads(2048, 1024, 512, [(share, 0)])
+        DecodeShare(share, 0)
 
 
 @pytest.mark.parametrize("size", [2, 640, 2048])
 def test_with_a_share_of_1_no_prompts_come(size: int) -> None:
-    (load,) = loads(size, 1024, 512, [1.0])
+    (load,) = loads(size, 1024, 512, [DecodeShare(1)])
     assert (load.num_decode, load.chunks()) == (size, [])
     assert len(load.kv_lens()) == size
     assert 1024 < min(load.kv_lens()) <= max(load.kv_lens()) <= 1024 + 512
     shape = batch_shape(load)
     assert (shape.tokens, shape.decode_tokens, shape.prefill_context) == (size, size, 0)
     assert shape.decode_context == pytest.approx(1024 + 256, abs=256 / size + 1)
-    (small,) = loads(size, 1024, 512, [1.0], kv_tokens=300 * size)
+    (small,) = loads(size, 1024, 512, [DecodeShare(1)], kv_tokens=300 * size)
     assert 200 * size < small.kv_tokens <= 300 * size
     assert (small.num_decode, small.decode_only) == (size, True)
-    mixed, decoding = loads(size, 1024, 512, [0.5, 1.0])
+    mixed, decoding = loads(size, 1024, 512, [DecodeShare(0.5), DecodeShare(1)])
     assert (mixed.decode_only, decoding) == (False, load)
 
 
 def test_candidates_for_steps_that_only_decode() -> None:
-    profile, (load,) = formula_profile(), loads(640, 1024, 512, [1.0])
+    profile, (load,) = formula_profile(), loads(640, 1024, 512, [DecodeShare(1)])
     found = candidates(MODEL, profile, [load], SMS, count=4, seconds=1.0)
     assert len(found) > 4
     cost_of = profiled_costs(profile, batch_shape(load))
@@ -344,7 +344,7 @@ def test_candidates_for_steps_that_only_decode() -> None:
 
 def test_a_plan_is_measured_as_an_engine_would_run_it() -> None:
     """Itself at every load, and without what only prefill chunks need where none come."""
-    mixes = loads(640, 1024, 512, [0.2, 0.9, 1.0])
+    mixes = loads(640, 1024, 512, [DecodeShare(share) for share in (0.2, 0.9, 1)])
     for plan, kind in baselines(MODEL, 640, SMS):
         for given in (plan, replace(plan, loads=((600, 9),))):
             for some in (mixes, mixes[:2], mixes[2:]):
