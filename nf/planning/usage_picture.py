@@ -32,7 +32,7 @@ Usage = Mapping[str, NDArray[np.float64]]
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A step under one plan: spans of nano-operations in the layers shown, and microseconds they took in all."""
+    """A step under one plan: how some of its layers use the GPU, and for how many microseconds."""
 
     label: str
     usage: Usage
@@ -40,7 +40,8 @@ class Traced:
 
 
 def traced(label: str, spans: Sequence[Span], model: Model, load: Load, accelerator: Accelerator) -> Traced:
-    """Resource use of some layers in the middle of the step."""
+    """Resource use from the first nano-operation of a layer in the middle of the step to that of SHOWN_LAYERS on, or to
+    the end where so many do not follow."""
     operations = {operation.name: operation for operation in model.operations}
     shape = batch_shape(load)
     workload = Workload(load.input_len, load.output_len)
@@ -48,11 +49,12 @@ def traced(label: str, spans: Sequence[Span], model: Model, load: Load, accelera
     layers = model.config.num_layers
     first = max(0, (layers - SHOWN_LAYERS) // 2)
     parsed = [(match, span) for span in spans if (match := _NAME.fullmatch(span.name)) is not None]
-    inside = [(m, s) for m, s in parsed if first <= int(m["layer"]) < first + SHOWN_LAYERS]
-    if not inside:
+    begins = [span.start_us for match, span in parsed if int(match["layer"]) == first]
+    if not begins:
         return Traced(label, {"compute": np.zeros(_BINS), "memory": np.zeros(_BINS)}, 0.0)
-    begin = min(span.start_us for _, span in inside)
-    micros = max(span.start_us + span.duration_us for _, span in inside) - begin
+    begin = min(begins)
+    ends = [span.start_us for match, span in parsed if int(match["layer"]) == first + SHOWN_LAYERS]
+    micros = min(ends, default=max(span.start_us + span.duration_us for _, span in parsed)) - begin
     # What runs in that time counts, whichever layer it is of.
     compute, memory = np.zeros(_BINS), np.zeros(_BINS)
     for match, span in parsed:

@@ -1,10 +1,11 @@
-"""A traced step: every nano-operation between two events, whose times become spans. On doubles of events and graphs."""
+"""A traced step: every nano-operation between two stamps, whose times become spans. On doubles of stamps and graphs."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from plan_cases import LLAMA
 
@@ -15,12 +16,13 @@ from nf.graphs.plan import nano_batch_plan, unroll
 from nf.kernels.device import CudaError
 
 ORIGIN, LAUNCH_TIME = 1, 2.5e-6
+POINTER, START_NS = 1 << 40, 1 << 60  # of the stamps; of their clock
 REPLAY_TIME = 0.3 * gpu_trace.WARM_SECONDS
 LANES = (Lane("compute", 2, 132), Lane("memory", 3, 132))
 
 
 class Card:
-    """A clock that every launch advances; events that were made and not freed."""
+    """A clock that every launch advances, memory for stamps of it, and what was made and not freed."""
 
     def __init__(self) -> None:
         self.clock = 0.0
@@ -28,17 +30,22 @@ class Card:
         self.replays = 0
         self.launched: list[tuple[str, int]] = []
         self.fails_at = -1
+        self.stamps = np.zeros(0, np.uint64)
+        self.stamped: set[int] = set()  # streams
 
-    def event(self, *, timing: bool) -> Any:
-        assert timing
+    def memory(self, num_bytes: int, _purpose: str) -> Any:
         self.live += 1
-        event = SimpleNamespace(at=None, free=self.freed)
+        self.stamps = np.zeros(num_bytes // 8, np.uint64)
 
-        def record_in_graph(_stream: int) -> None:
-            event.at = self.clock
+        def download(array: Any) -> None:
+            array[:] = self.stamps[: len(array)]
 
-        event.record_in_graph, event.since = record_in_graph, lambda other: event.at - other.at
-        return event
+        return SimpleNamespace(pointer=POINTER, free=self.freed, download=download)
+
+    def stamp(self, out: int, *, stream: int) -> None:
+        assert (out - POINTER) % 8 == 0
+        self.stamped.add(stream)
+        self.stamps[(out - POINTER) // 8] = START_NS + round(self.clock * 1e9)
 
     def freed(self) -> None:
         self.live -= 1
@@ -51,8 +58,10 @@ class Card:
 
     def capture(self, steps: Any, lanes: Any, origin: int, *, begin: Any, launch: Any, finish: Any) -> Any:
         begin(origin)
+        before = None
         for step in steps:
-            launch(step, lanes[step.stream], True)
+            launch(step, lanes[step.stream], step.stream == before)
+            before = step.stream
         finish(origin)
         self.live += 1
 
@@ -66,7 +75,7 @@ class Card:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card()
-    monkeypatch.setattr(gpu_trace, "Event", card.event)
+    monkeypatch.setattr(gpu_trace, "DeviceMemory", card.memory)
     monkeypatch.setattr(gpu_trace, "capture", card.capture)
     monkeypatch.setattr(gpu_trace, "time", SimpleNamespace(perf_counter=lambda: card.clock))
     return card
@@ -84,7 +93,8 @@ def trace(card: Card) -> Any:
         sample=lambda stream: card.launch("sample", stream),
     )
     stream: Any = SimpleNamespace(handle=ORIGIN, synchronize=lambda: None)
-    return capture_traced(layers, unroll(nano_batch_plan(LLAMA, 64), LLAMA, 2), LANES, stream)
+    stamp: Any = card.stamp
+    return capture_traced(layers, unroll(nano_batch_plan(LLAMA, 64), LLAMA, 2), LANES, stream, stamp)
 
 
 def test_every_launch_has_a_span_on_its_stream(card: Card) -> None:
@@ -96,6 +106,7 @@ def test_every_launch_has_a_span_on_its_stream(card: Card) -> None:
     assert [stream for _, stream in card.launched] == [ORIGIN, *(LANES[s.stream].stream for s in steps), ORIGIN, ORIGIN]
     assert [span.start_us for span in spans] == pytest.approx([2.5 * index for index in range(len(spans))])
     assert [span.duration_us for span in spans] == pytest.approx([2.5] * len(spans))
+    assert card.stamped == {stream for _, stream in card.launched}
     assert (card.replays, card.live) == (5, 0)  # without a pause until it has been busy for long enough, and once more
 
 
