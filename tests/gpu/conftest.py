@@ -27,14 +27,18 @@ SANITIZED = {
         "test_plans_that_cut_anywhere", "test_sampled_tokens_feed_the_next_steps_before_the_host_knows_them",
         "test_one_step_may_swap_out_and_in_through_the_same_host_page_and_then_copy",
         "test_siblings_share_full_pages_and_get_their_own_copy_of_the_last",
-        "test_logprobs_are_those_of_the_raw_logits", "test_a_step_may_hold_no_tokens_and_sample_nothing",
     ),
+    "test_gpu_executor_life": (
+        "test_a_step_may_hold_no_tokens_and_sample_nothing",
+        "test_a_traced_step_tells_of_every_nano_operation_and_changes_nothing",
+    ),
+    "test_gpu_executor_sampling": ("test_logprobs_are_those_of_the_raw_logits",),
     "test_moe": ("test_router", "test_permutation", "test_combine", "test_block"),
     "test_norm": ("test_sizes", "test_ranges"),
     "test_prefill_attention": ("test_ragged_chunks", "test_without_prefill_rows_nothing_is_written"),
     "test_rope_append": ("test_configurations", "test_ranges", "test_no_tokens"),
     "test_sampling": ("test_edits", "test_only_the_rows_there_are", "test_prompt_logprobs"),
-    "test_stream": ("test_copy", "test_read_ends"),
+    "test_stream": ("test_copy", "test_read_ends", "test_stamps_are_of_one_clock_in_nanoseconds"),
 }  # fmt: skip
 """Tests that ``make sanitize`` runs, some of every kernel's and of the whole executor's, by file."""
 
