@@ -197,39 +197,51 @@ def _candidates(
     args: argparse.Namespace, model: Model, loads: list[Load], where: _Where
 ) -> tuple[Profile | None, list[Candidate]]:
     """What is worth measuring and the profile that says so; the user's files are read before the GPU is used."""
-    from nf.errors import InputError
     from nf.graphs.plan import load_plan
     from nf.graphs.plan_store import shape_name
     from nf.planning.profile_file import read_profile
     from nf.planning.search import candidates
 
     size, count = args.dense_batch_size, _count(args)
-    profile = read_profile(Path(args.profile), shape_name(model.config)) if args.profile is not None else None
+    profile = None
+    if args.profile is not None:
+        profile = read_profile(Path(args.profile), shape_name(model.config))
+        largest = max((rows for _, rows, *_ in profile.solos), default=0)
+        if largest < size:
+            _say(args, f"the profile ends at {largest:,} rows; what is beyond is extrapolated")
     if where.on is not None:
         gpu_sms = where.on.gpu_sms
     else:
         assert profile is not None  # without a GPU there is one, or what was measured
         gpu_sms = profile.gpu_sms
-    more = [load_plan(file, model.operations, size, gpu_sms=gpu_sms) for file in args.add]
+    given = [load_plan(file, model.operations, size, gpu_sms=gpu_sms) for file in args.add]
     if where.kept is not None:
-        more += [plan for plan in where.kept.plans if plan.dense_batch_size == size]
+        kept = [plan for plan in where.kept.plans if plan.dense_batch_size == size]
+        wanted = candidates(model, profile, loads, gpu_sms, count=0, more=[*given, *kept])
+        return profile, _those_measured(args, where.kept, wanted, given, loads)
     if profile is None and where.device is not None and count:
         _say(args, "profiling nano-operations")
         profile = measured_profile(model, where.device, size, quick=args.quick, quiet=args.quiet)[0]
-    if profile is not None:
-        largest = max((rows for _, rows, *_ in profile.solos), default=0)
-        if largest < size:
-            _say(args, f"the profile ends at {largest:,} rows; what is beyond is extrapolated")
-        if count:
-            _say(args, "Stages I and II")
-    wanted = candidates(model, profile, loads, gpu_sms, count=count, seconds=args.seconds, more=more)
-    if where.kept is not None:
-        sequential, *others = [replace(each, at=where.kept.at(each.plan, loads)) for each in wanted]
-        for file, plan in zip(args.add, more, strict=False):
-            if not where.kept.at(plan, loads):
-                raise InputError("--add", f"{file} was not measured in {args.measured} at any of these loads")
-        wanted = [replace(sequential, at=None), *(each for each in others if each.at)]
-    return profile, wanted
+    if profile is not None and count:
+        _say(args, "Stages I and II")
+    return profile, candidates(model, profile, loads, gpu_sms, count=count, seconds=args.seconds, more=given)
+
+
+def _those_measured(
+    args: argparse.Namespace, kept: KeptSteps, wanted: list[Candidate], given: list[PipelinePlan], loads: list[Load]
+) -> list[Candidate]:
+    """Each at the loads that it was measured at, the sequential plan at all of them.
+
+    Raises:
+        InputError: a given plan was measured at none.
+    """
+    from nf.errors import InputError
+
+    for file, plan in zip(args.add, given, strict=True):
+        if not kept.at(plan, loads):
+            raise InputError("--add", f"{file} was not measured in {args.measured} at any of these loads")
+    sequential, *others = [replace(each, at=kept.at(each.plan, loads)) for each in wanted]
+    return [replace(sequential, at=None), *(each for each in others if each.at)]
 
 
 def write_plans(folder: Path, wanted: list[Candidate], loads: list[Load]) -> None:

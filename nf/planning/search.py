@@ -29,6 +29,7 @@ from nf.planning.resources import propose
 SEQUENTIAL = "sequential"
 WORTH = 0.003  # relative; two measurements of one plan differ by up to about as much
 HOPEFUL = 1.06  # times the best predicted time of a load; nearly all predictions are off by less
+ALIKE = 4e-4  # relative; of plans that are predicted so much alike, one stands for all
 PARTITION_SMS = 5 * SM_STEP  # of the partition that is measured where no other one was found worth it
 
 
@@ -164,28 +165,37 @@ def candidates(
         own = tuple(number for number, load in enumerate(loads) if made_for(load) in plan.loads)
         before = asked.get(given, ())  # of another file with the same pipeline, or a baseline: everywhere
         asked[given] = tuple(dict.fromkeys([*before, *own])) if own and before is not None else None
-    return _worth_measuring([candidate_of(plan, kind, model, profile, loads) for plan, kind in kinds.items()], asked)
+    found = [candidate_of(plan, kind, model, profile, loads) for plan, kind in kinds.items()]
+    return _worth_measuring(found, asked, count)
 
 
 def _worth_measuring(
-    found: Sequence[Candidate], asked: Mapping[PipelinePlan, tuple[int, ...] | None]
+    found: Sequence[Candidate], asked: Mapping[PipelinePlan, tuple[int, ...] | None], count: int
 ) -> list[Candidate]:
     """Each with the loads at which it is: those ``asked`` for, else those where there is hope; no two names alike."""
     per_load = zip(*(candidate.predicted for candidate in found), strict=True)
     best = [min((p.seconds for p in predicted if p is not None), default=math.inf) for predicted in per_load]
-    worth = [replace(c, at=asked[c.plan] if c.plan in asked else _hopeful(c, best)) for c in found]
+    hope = _hopeful([candidate for candidate in found if candidate.plan not in asked], best, count)
+    worth = [replace(c, at=asked[c.plan] if c.plan in asked else hope.get(c.plan, ())) for c in found]
     worth = [candidate for candidate in worth if candidate.at != ()]
     plans = _named_apart([candidate.plan for candidate in worth])
     return [replace(candidate, plan=plan) for candidate, plan in zip(worth, plans, strict=True)]
 
 
-def _hopeful(candidate: Candidate, best: Sequence[float]) -> tuple[int, ...]:
-    """Loads at which it is predicted to take little longer than the fastest does, ``best`` seconds."""
-    return tuple(
-        number
-        for number, (predicted, least) in enumerate(zip(candidate.predicted, best, strict=True))
-        if predicted is not None and predicted.seconds <= HOPEFUL * least
-    )
+def _hopeful(proposed: Sequence[Candidate], best: Sequence[float], count: int) -> dict[PipelinePlan, tuple[int, ...]]:
+    """Loads at which a plan is one of the ``count`` fastest by prediction, and takes little longer than the fastest of
+    all does, ``best`` seconds."""
+    at: dict[PipelinePlan, tuple[int, ...]] = {}
+    for number, least in enumerate(best):
+        times = {c.plan: p.seconds for c in proposed if (p := c.predicted[number]) is not None}
+        taken: list[float] = []
+        for plan in sorted(times, key=lambda plan: times[plan]):
+            if len(taken) == count or times[plan] > HOPEFUL * least:
+                break
+            if not taken or times[plan] > taken[-1] * (1 + ALIKE):
+                taken.append(times[plan])
+                at[plan] = (*at.get(plan, ()), number)
+    return at
 
 
 def candidate_of(
