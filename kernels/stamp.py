@@ -22,5 +22,5 @@ class Stamp:
         self._kernel = loader.cuda(STAMP.name)
 
     def __call__(self, out: int, *, stream: int) -> None:
-        """Write STAMP_BYTES at the device pointer ``out``. Clocks of all streams of a GPU are the same one."""
+        """Write STAMP_BYTES at the device pointer ``out``; all streams of a GPU read one clock."""
         self._kernel(out, grid=1, block=32, stream=stream)

@@ -55,7 +55,7 @@ class _Stamps:
         """What the last replay wrote, from its first stamp on."""
         moments = np.empty(self.count, np.uint64)
         self.memory.download(moments)
-        us = (moments - moments[0]).astype(np.float64) / 1e3
+        us = ((moments - moments[0]) / 1e3).tolist()
         return [Span(lane, name, us[first], us[last] - us[first]) for lane, name, first, last in self.spans]
 
 

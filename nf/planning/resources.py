@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from time import monotonic
 
@@ -85,10 +85,19 @@ def propose(
         structures += search_structures(operations, batch, slowed, seconds=left, keep=count, lane=lane).structures
     for structure, arrangement in product(structures, options):
         steady = replay(structure.rounds, arrangement, cost_of, power)
-        name = f"{arrangement.name}, {len(structure.rounds.layer.tasks)} nano-operations"
-        plan = structure.rounds.plan(name, batch.tokens, sms=arrangement.sms, model=profile.model, gpu=profile.key.gpu)
+        plan = structure.rounds.plan("", batch.tokens, sms=arrangement.sms, model=profile.model, gpu=profile.key.gpu)
+        plan = replace(plan, name=f"{arrangement.name}, {_cuts(plan)}")
         plans.setdefault(plan, (arrangement.name, steady))
     return _best(plans, count)
+
+
+def _cuts(plan: PipelinePlan) -> str:
+    """Where the dense batch is cut, and whether all operations are, in words."""
+    cuts = sorted({edge for edges in plan.nano_batches for edge in edges} - {0, plan.dense_batch_size})
+    if not cuts:
+        return "not cut"
+    partly = any(start < cut < stop for start, stop in plan.nano_batches for cut in cuts)
+    return f"{'partly ' if partly else ''}cut at {', '.join(map(str, cuts))}"
 
 
 def period_bound(
