@@ -8,8 +8,10 @@ a plan other than the sequential one has to win clearly, and to win again when b
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count as count_from
 from statistics import median
 
 from nf.bench.measure import Measurement
@@ -30,6 +32,7 @@ SEQUENTIAL = "sequential"
 WORTH = 0.003  # relative; two measurements of one plan differ by up to about as much
 HOPEFUL = 1.06  # times the best predicted time of a load; nearly all predictions are off by less
 ALIKE = 4e-4  # relative; of plans that are predicted so much alike, one stands for all
+_NUMBER = re.compile(r" \(\d+\)$")
 PARTITION_SMS = 5 * SM_STEP  # of the partition that is measured where no other one was found worth it
 
 
@@ -208,13 +211,15 @@ def candidate_of(
 
 
 def _named_apart(plans: Sequence[PipelinePlan]) -> list[PipelinePlan]:
-    """The plans, with a number behind a name that another one has."""
-    seen: dict[str, int] = {}
-    found = []
+    """The plans, with a number behind a name that one before has; names may have come with one."""
+    found: dict[str, PipelinePlan] = {}
     for plan in plans:
-        seen[plan.name] = seen.get(plan.name, 0) + 1
-        found.append(plan if seen[plan.name] == 1 else replace(plan, name=f"{plan.name} ({seen[plan.name]})"))
-    return found
+        name, plain_name = plan.name, _NUMBER.sub("", plan.name)
+        others = (f"{plain_name} ({number})" for number in count_from(2))
+        while name in found:
+            name = next(others)
+        found[name] = replace(plan, name=name)
+    return list(found.values())
 
 
 def search(

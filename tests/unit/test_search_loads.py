@@ -89,6 +89,15 @@ def test_a_given_plan_is_measured_at_the_loads_that_it_names_or_at_all() -> None
     assert {candidate.plan.loads for candidate in (first, second, third)} == {()}
 
 
+def test_no_two_names_are_alike_wherever_they_come_from() -> None:
+    """A file may hold a plan that was the second of its name elsewhere."""
+    names = ["cut", "cut (2)", "cut", "cut", "cut (2)"]
+    plans = [cut_plan(24, 256 * (i + 1), name) for i, name in enumerate(names)]
+    wanted = candidates(MODEL, None, LOADS, SMS, more=plans)[4:]
+    assert [c.plan.name for c in wanted] == ["cut", "cut (2)", "cut (3)", "cut (4)", "cut (5)"]
+    assert [c.plan.nano_batches for c in wanted] == [plan.nano_batches for plan in plans]
+
+
 def without_one_load() -> Search:
     """A plan that wins at two loads, is not measured at the third, and would lose there."""
     plan = replace(cut_plan(24, 512), loads=(made_for(LOADS[1]), made_for(LOADS[2])))
