@@ -64,7 +64,9 @@ def _title(record: dict[str, Any]) -> str:
     means = f"{workload['input_tokens'] / count:,.0f} in / {workload['output_tokens'] / count:,.0f} out"
     trace = "" if workload["name"] == means.replace(",", "") else f" ({workload['name']})"
     requests = "request" if count == 1 else "requests"
-    return f"{record['model']} on {options['device']}, plan {options['plan']}, {count:,} {requests} of {means}{trace}"
+    plan, *others = options["plan"].split("; ")
+    plans = f"plan {plan}" + (f" and {len(others)} for certain steps" if others else "")
+    return f"{record['model']} on {options['device']}, {plans}, {count:,} {requests} of {means}{trace}"
 
 
 def _clock(megahertz: float | None) -> str:

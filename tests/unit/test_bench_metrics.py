@@ -253,3 +253,11 @@ def test_what_a_run_drew_and_how_fast_it_ran_stand_together() -> None:
     assert any(line.endswith("0.0244 J/token, 689 W, SMs at 1,470 MHz") for line in throughput_lines(record))
     record["results"]["sm_megahertz"] = None
     assert any(line.endswith("0.0244 J/token, 689 W") for line in throughput_lines(record))
+
+
+def test_plans_beside_the_first_are_counted() -> None:
+    record = json.loads((RECORDS / "2026-11-29-h200-plans-constant.json").read_text())
+    title = "llama-3-8b on cuda, plan sequential and 8 for certain steps, 1,024 requests of 1,024 in / 512 out"
+    assert throughput_lines(record)[0].endswith(title)
+    record["options"]["plan"] = "mine"
+    assert "on cuda, plan mine, 1,024" in throughput_lines(record)[0]
