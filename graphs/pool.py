@@ -142,8 +142,8 @@ class GraphPool:
         keys together.
 
         Of the graphs with the fewest tokens to spare: the one with the load most like this step; if none is near, the
-        one for any step. A step that only decodes takes one for such steps, else the one for any step: what overlaps
-        with the products of prompts loses where there are none (on an H200 5 % and more at 768 tokens).
+        one for any step. A step that only decodes takes one for such steps, else the one for any step: what is won by
+        overlapping with the products of prompts is lost where there are none.
         """
         _, general, decoding = self._by_size[bisect_left(self._by_size, tokens, key=lambda graphs: graphs[0])]
         if tokens == decode_tokens:

@@ -1,10 +1,10 @@
 """A step on the GPU with every nano-operation timed: a graph of its own, with time stamps between the launches.
 
 The stamps are small kernels. Events in the graph would mark the same moments, but they hold up kernels of other lanes:
-a step of 63 ms on partitions took 84 with them, and the overlap was gone. Stamps keep a kernel from starting before the
-one before it on its lane has ended, so a traced step takes a little longer than the same step untraced. It is replayed
-without a pause until the clocks have settled, and the last replay is told: after a pause as short as making the graph
-the clocks are above what the card's power allows for long.
+a step of some 62 ms on partitions took 84 with them, and the overlap was gone. Stamps keep a kernel from starting
+before the one before it on its lane has ended, so a traced step takes a little longer than the same step untraced. It
+is replayed without a pause until the clocks have settled, and the last replay is told: after a pause as short as making
+the graph the clocks are above what the card's power allows for long.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class _Stamps:
     spans: list[tuple[str, str, int, int]] = field(default_factory=list)  # lane, name, first and last stamp
 
     def timed(self, lane: str, name: str, stream: int, launch: Callable[[], None], *, follows: bool = False) -> None:
-        """Launch something between two stamps; ``follows``: the last one of this stream is its first."""
+        """Launch something between two stamps; ``follows``: the last one of this stream is its first, so that what lies
+        between both is counted as its own time."""
         first = self.latest[stream] if follows else self._stamp(stream)
         launch()
         self.latest[stream] = self._stamp(stream)
@@ -73,10 +74,7 @@ def capture_traced(
 
         def launch(step: LayerStep, lane: Lane, follows: bool) -> None:
             name = f"{step.operation.name} [{step.start}, {step.stop}) layer {step.layer}"
-            stamps.timed(
-                lane.name, name, lane.stream, lambda: layers.launch(step, lane, False),
-                follows=follows and lane.stream in stamps.latest,
-            )  # fmt: skip
+            stamps.timed(lane.name, name, lane.stream, lambda: layers.launch(step, lane, False), follows=follows)
 
         def finish(on: int) -> None:
             stamps.timed("step", "logits", on, lambda: layers.sampled_logits(on))

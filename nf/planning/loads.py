@@ -60,18 +60,18 @@ def loads(
             raise InputError(name, f"must be at least 1, got {length}")
     if not decode_shares:
         return [fitting(Load(dense_batch_size, input_len, output_len), kv_tokens)]
-    return [fitting(_mixed(dense_batch_size, input_len, output_len, mix), kv_tokens) for mix in decode_shares]
+    return [fitting(_mixed(dense_batch_size, input_len, output_len, share), kv_tokens) for share in decode_shares]
 
 
-def _mixed(dense_batch_size: int, input_len: int, output_len: int, mix: DecodeShare) -> Load:
+def _mixed(dense_batch_size: int, input_len: int, output_len: int, wanted: DecodeShare) -> Load:
     prompt, decodes = input_len, output_len - 1
-    if mix.share < 1:
-        decodes = max(1, round(mix.share * (input_len + output_len)))
+    if wanted.share < 1:
+        decodes = max(1, round(wanted.share * (input_len + output_len)))
         prompt = max(1, input_len + output_len - decodes)
-    if mix.keys is not None:
-        scale = mix.keys / (prompt + decodes / 2)
+    if wanted.keys is not None:
+        scale = wanted.keys / (prompt + decodes / 2)
         prompt, decodes = max(1, round(prompt * scale)), max(1, round(decodes * scale))
-    return Load(dense_batch_size, prompt, decodes + 1, decode_only=mix.share == 1)
+    return Load(dense_batch_size, prompt, decodes + 1, decode_only=wanted.share == 1)
 
 
 def fitting(load: Load, kv_tokens: int | None) -> Load:

@@ -86,12 +86,12 @@ def propose(
     for structure, arrangement in product(structures, options):
         steady = replay(structure.rounds, arrangement, cost_of, power)
         plan = structure.rounds.plan("", batch.tokens, sms=arrangement.sms, model=profile.model, gpu=profile.key.gpu)
-        plan = replace(plan, name=f"{arrangement.name}, {_cuts(plan)}")
+        plan = replace(plan, name=f"{arrangement.name}, {cuts_in_words(plan)}")
         plans.setdefault(plan, (arrangement.name, steady))
     return _best(plans, count)
 
 
-def _cuts(plan: PipelinePlan) -> str:
+def cuts_in_words(plan: PipelinePlan) -> str:
     """Where the dense batch is cut, and whether all operations are, in words."""
     cuts = sorted({edge for edges in plan.nano_batches for edge in edges} - {0, plan.dense_batch_size})
     if not cuts:

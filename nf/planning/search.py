@@ -31,7 +31,7 @@ from nf.planning.resources import propose
 SEQUENTIAL = "sequential"
 WORTH = 0.003  # relative; two measurements of one plan differ by up to about as much
 HOPEFUL = 1.06  # times the best predicted time of a load; nearly all predictions are off by less
-ALIKE = 4e-4  # relative; of plans that are predicted so much alike, one stands for all
+TIED = 4e-4  # relative; of plans whose predicted times differ by no more, one stands for all
 _NUMBER = re.compile(r" \(\d+\)$")
 PARTITION_SMS = 5 * SM_STEP  # of the partition that is measured where no other one was found worth it
 
@@ -195,7 +195,7 @@ def _hopeful(proposed: Sequence[Candidate], best: Sequence[float], count: int) -
         for plan in sorted(times, key=lambda plan: times[plan]):
             if len(taken) == count or times[plan] > HOPEFUL * least:
                 break
-            if not taken or times[plan] > taken[-1] * (1 + ALIKE):
+            if not taken or times[plan] > taken[-1] * (1 + TIED):
                 taken.append(times[plan])
                 at[plan] = (*at.get(plan, ()), number)
     return at

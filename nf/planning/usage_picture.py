@@ -32,10 +32,11 @@ Usage = Mapping[str, NDArray[np.float64]]
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A step under one plan: how some of its layers use the GPU, and for how many microseconds."""
+    """A step under one plan: how some of its layers use the GPU, how many, and for how many microseconds."""
 
     label: str
     usage: Usage
+    layers: int
     micros: float
 
 
@@ -51,7 +52,7 @@ def traced(label: str, spans: Sequence[Span], model: Model, load: Load, accelera
     parsed = [(match, span) for span in spans if (match := _NAME.fullmatch(span.name)) is not None]
     begins = [span.start_us for match, span in parsed if int(match["layer"]) == first]
     if not begins:
-        return Traced(label, {"compute": np.zeros(_BINS), "memory": np.zeros(_BINS)}, 0.0)
+        return Traced(label, {"compute": np.zeros(_BINS), "memory": np.zeros(_BINS)}, 0, 0.0)
     begin = min(begins)
     ends = [span.start_us for match, span in parsed if int(match["layer"]) == first + SHOWN_LAYERS]
     micros = min(ends, default=max(span.start_us + span.duration_us for _, span in parsed)) - begin
@@ -67,7 +68,7 @@ def traced(label: str, spans: Sequence[Span], model: Model, load: Load, accelera
         covered = _covered(span.start_us - begin, span.duration_us, micros)
         compute += covered * (part * cost.flops / seconds / accelerator.compute)
         memory += covered * (part * cost.memory_bytes / seconds / accelerator.memory_bandwidth)
-    return Traced(label, {"compute": compute, "memory": memory}, micros)
+    return Traced(label, {"compute": compute, "memory": memory}, min(SHOWN_LAYERS, layers - first), micros)
 
 
 def _covered(start: float, duration: float, micros: float) -> NDArray[np.float64]:
@@ -93,7 +94,7 @@ def _panel(top: float, step: Traced, longest: float) -> list[str]:
     parts = [line([(_LEFT, top), (_LEFT, top + _ROW), (_LEFT + _WIDTH, top + _ROW)], GREY)]
     parts += [text(_LEFT - 8, top + _ROW * (1 - y) + 4, f"{y:.0%}", anchor="end", size=11) for y in (0, 0.5, 1)]
     means = ", ".join(f"{name} {values.mean():.0%}" for name, values in step.usage.items())
-    label = f"{step.label}: {step.micros:,.0f} µs for {SHOWN_LAYERS} layers; on average {means}"
+    label = f"{step.label}: {step.micros:,.0f} µs for {step.layers} layers; on average {means}"
     parts.append(text(_LEFT, top + _ROW + 18, label, anchor="start"))
     for name, values in step.usage.items():
         places = [(_LEFT + width * (i + 0.5) / _BINS, top + _ROW * (1 - min(1.2, v))) for i, v in enumerate(values)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +32,8 @@ class Card:
         self.launched: list[tuple[str, int]] = []
         self.fails_at = -1
         self.stamps = np.zeros(0, np.uint64)
-        self.stamped: set[int] = set()  # streams
+        self.stamped: list[int] = []  # streams
+        self.follows = True  # where the capture may say so
 
     def memory(self, num_bytes: int, _purpose: str) -> Any:
         self.live += 1
@@ -44,7 +46,7 @@ class Card:
 
     def stamp(self, out: int, *, stream: int) -> None:
         assert (out - POINTER) % 8 == 0
-        self.stamped.add(stream)
+        self.stamped.append(stream)
         self.stamps[(out - POINTER) // 8] = START_NS + round(self.clock * 1e9)
 
     def freed(self) -> None:
@@ -60,7 +62,7 @@ class Card:
         begin(origin)
         before = None
         for step in steps:
-            launch(step, lanes[step.stream], step.stream == before)
+            launch(step, lanes[step.stream], self.follows and step.stream == before)
             before = step.stream
         finish(origin)
         self.live += 1
@@ -106,8 +108,17 @@ def test_every_launch_has_a_span_on_its_stream(card: Card) -> None:
     assert [stream for _, stream in card.launched] == [ORIGIN, *(LANES[s.stream].stream for s in steps), ORIGIN, ORIGIN]
     assert [span.start_us for span in spans] == pytest.approx([2.5 * index for index in range(len(spans))])
     assert [span.duration_us for span in spans] == pytest.approx([2.5] * len(spans))
-    assert card.stamped == {stream for _, stream in card.launched}
+    follows = sum(one.stream == two.stream for one, two in pairwise(steps)) + 1  # sampling after the logits
+    assert len(card.stamped) == 2 * len(spans) - follows
+    assert set(card.stamped) == {stream for _, stream in card.launched}
     assert (card.replays, card.live) == (5, 0)  # without a pause until it has been busy for long enough, and once more
+
+
+def test_there_is_room_where_no_launch_follows_another(card: Card) -> None:
+    card.follows = False
+    assert len(card.stamped) == 0
+    spans = trace(card)
+    assert len(card.stamped) == 2 * len(spans) - 1 <= len(card.stamps)
 
 
 def test_a_trace_that_fails_leaves_nothing(card: Card) -> None:

@@ -111,6 +111,14 @@ sys.exit(program.solve(1.0).values != (3.0,))
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_a_profile_that_is_too_short_is_told_of(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("search", "llama-3-8b", "--profile", profile, "--predict-only", "--count", "0")
+    assert nf(*argv) == 0
+    assert "extrapolated" not in capsys.readouterr().err
+    assert nf(*argv, "--dense-batch-size", "4096") == 0
+    assert "the profile ends at 2,048 rows; what is beyond is extrapolated" in capsys.readouterr().err
+
+
 def test_requests_are_cut_to_what_the_cache_holds(profile: str, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ("search", "llama-3-8b", "--profile", profile, "--predict-only", "--count", "0", "-q")
     assert nf(*argv, "--decode-share", "0.7", "--kv-tokens", "898322") == 0

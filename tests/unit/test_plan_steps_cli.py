@@ -173,3 +173,12 @@ def test_given_plans_are_measured_at_the_loads_that_they_name(
     never.write_text(replace(half, name="never", nano_batches=((0, 256), (256, 2048))).to_json())
     with pytest.raises(InputError, match=r"^--add: .*never\.json was not measured in"):
         nf(*argv, "--kv-tokens", "1000000", "--measured", steps, "--add", str(never))
+
+
+def test_of_a_file_with_steps_of_several_sizes_those_of_one_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parents[2] / "docs/benchmarks/2026-11-29-h200-plans-decode-only.json"
+    load = ("--dense-batch-size", "640", "--decode-share", "1")
+    assert nf("search", "llama-3-8b", "--measured", str(file), *load, "--no-store", "-q", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["dense_batch_size"], len(result["plans"])) == (640, 10)
+    assert all(load["measured_s"] for plan in result["plans"] for load in plan["loads"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -13,6 +14,8 @@ from plan_cases import LLAMA, MIXTRAL
 from nf.bench.steady_step import Load
 from nf.executors.trace import Span
 from nf.graphs.plan import PipelinePlan, nano_batch_plan, sequential_plan, unroll
+from nf.models.registry import declare
+from nf.models.shapes import shape
 from nf.planning.curve_picture import curve_picture, curves_of
 from nf.planning.hardware import accelerator
 from nf.planning.loads import batch_shape
@@ -116,3 +119,23 @@ def test_use_is_what_was_done_over_what_there_is(parts: int) -> None:
     root = ElementTree.fromstring(picture)
     words = " ".join(text.text or "" for text in root.iter(f"{SVG}text"))
     assert "3,000 µs for 3 layers" in words
+
+
+def test_use_is_shown_from_the_beginning_of_a_layer_to_that_of_another() -> None:
+    """Layer n takes (1000 + 10 n) µs, and attention of the one before still runs when it begins."""
+    found, start = [], 0.0
+    for layer in range(32):
+        length = 1000.0 + 10 * layer
+        found.append(Span("compute", f"gate_up_proj [0, 2048) layer {layer}", start, length))
+        found.append(Span("memory", f"decode_attention [0, 2048) layer {layer}", start + 500, length))
+        start += length
+    step = traced("plan", found, MODEL, LOAD, accelerator("h200"))
+    assert (step.micros, step.layers) == (3 * 1000 + 10 * (14 + 15 + 16), 3)
+
+
+def test_use_of_few_layers_is_shown_to_the_end() -> None:
+    model = declare(replace(shape("llama-3-8b"), num_layers=2))
+    found = [Span("compute", f"gate_up_proj [0, 2048) layer {layer}", 1000.0 * layer, 900.0) for layer in range(2)]
+    step = traced("plan", found, model, LOAD, accelerator("h200"))
+    assert (step.micros, step.layers) == (1900, 2)
+    assert "1,900 µs for 2 layers" in usage_picture([step], "few")

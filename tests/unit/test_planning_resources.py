@@ -27,7 +27,7 @@ from planning_cases import (
 )
 
 from nf.errors import InputError
-from nf.graphs.plan import PipelinePlan, unroll, validate
+from nf.graphs.plan import PipelinePlan, sequential_plan, unroll, validate
 from nf.models.operations import Operation, Resource
 from nf.planning import shares as share_module
 from nf.planning.admission import improve_shares
@@ -36,7 +36,7 @@ from nf.planning.nano_layer import BatchShape, CostOf, nano_layer, profiled_cost
 from nf.planning.order import best_order
 from nf.planning.overlap import Arrangement, replay
 from nf.planning.profile import Cost, PowerLimit, Sms
-from nf.planning.resources import SEQUENTIAL, arrangements, period_bound, propose
+from nf.planning.resources import SEQUENTIAL, arrangements, cuts_in_words, period_bound, propose
 from nf.planning.rounds import Rounds
 from nf.planning.shares import Shares, _ShareProgram, best_shares, share_candidates
 from nf.planning.structure import Structure, search_structures
@@ -298,3 +298,19 @@ def test_only_what_the_hardware_can_give_is_considered() -> None:
     (only,) = propose(LLAMA, HALVES, profile, seconds=1.0)
     assert only.arrangement == SEQUENTIAL
     assert period_bound(LLAMA, HALVES, profile) == only.period
+
+
+@pytest.mark.parametrize(
+    ("nano_batches", "words"),
+    [
+        ([(0, 2048)], "not cut"),
+        ([(0, 512), (512, 2048)], "cut at 512"),
+        ([(0, 256), (256, 1024), (1024, 2048)], "cut at 256, 1024"),
+        ([(1280, 2048), (0, 640), (640, 1280)], "cut at 640, 1280"),
+        ([(0, 512), (0, 2048), (512, 2048)], "partly cut at 512"),
+        ([(0, 512), (512, 1024), (0, 1024), (1024, 2048)], "partly cut at 512, 1024"),
+    ],
+)
+def test_cuts_are_told(nano_batches: list[tuple[int, int]], words: str) -> None:
+    plan = replace(sequential_plan(LLAMA, 2048), nano_batches=tuple(nano_batches))
+    assert cuts_in_words(plan) == words

@@ -23,7 +23,7 @@ from nf.models.operations import Rows
 from nf.planning.coverage import covering_plans
 from nf.planning.gpu_step_bench import plans_for
 from nf.planning.kept_steps import MeasuredOn, open_steps, read_steps
-from nf.planning.loads import DecodeShare, batch_shape, loads, made_for
+from nf.planning.loads import MOST_KEYS, DecodeShare, batch_shape, loads, made_for
 from nf.planning.nano_layer import profiled_costs
 from nf.planning.predict import of_plan, rounds_of
 from nf.planning.profiling import ENDS
@@ -303,6 +303,8 @@ def test_loads_have_as_many_keys_as_asked_for(share: float, keys: int) -> None:
     assert small.kv_tokens <= max(50_000, 2048 * 4)
     with pytest.raises(InputError, match="keys must be from 1 to"):
         DecodeShare(share, 0)
+    with pytest.raises(InputError, match="keys must be from 1 to"):
+        DecodeShare(share, MOST_KEYS + 1)
 
 
 @pytest.mark.parametrize("size", [2, 640, 2048])

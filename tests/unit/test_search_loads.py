@@ -17,11 +17,15 @@ from nf.cli.plan_search import write_plans
 from nf.cli.plan_search_table import table
 from nf.errors import NfError
 from nf.graphs.plan import PipelinePlan, load_plan, nano_batch_plan
+from nf.planning import search as search_module
 from nf.planning.coverage import covering_plans
 from nf.planning.kept_steps import MeasuredOn, open_steps, read_steps
-from nf.planning.loads import made_for
+from nf.planning.loads import batch_shape, made_for
+from nf.planning.nano_layer import BatchShape
 from nf.planning.neighbours import neighbours
-from nf.planning.search import ALIKE, HOPEFUL, Candidate, Search, candidates, partitioned, search
+from nf.planning.predict import Prediction
+from nf.planning.resources import Proposal
+from nf.planning.search import HOPEFUL, TIED, Candidate, Search, candidates, partitioned, search
 from nf.planning.search_record import record
 
 LOADS = [Load(2048, 1400, 100), Load(2048, 700, 700), Load(2048, 300, 1000)]
@@ -63,14 +67,38 @@ def test_a_plan_is_measured_where_it_is_predicted_to_come_close_to_the_best() ->
         assert 0 < len(chosen) <= COUNT
         assert chosen[0] == min(times.values())
         assert chosen[-1] <= HOPEFUL * best[number]
-        assert all(after > before * (1 + ALIKE) for before, after in pairwise(chosen))
+        assert all(after > before * (1 + TIED) for before, after in pairwise(chosen))
         for seconds in times.values():  # what was passed over is slower, or like one that was not
             slower = seconds > HOPEFUL * best[number] or (len(chosen) == COUNT and seconds >= chosen[-1])
-            assert slower or any(one <= seconds <= one * (1 + ALIKE) for one in chosen)
+            assert slower or any(one <= seconds <= one * (1 + TIED) for one in chosen)
     assert any(candidate.at != EVERYWHERE for candidate in others)
     bench = Bench(lambda *_: 1.0)
     search(wanted, LOADS, bench)
     assert bench.asked == [(c.plan.name, EVERYWHERE if c.at is None else c.at) for c in wanted]
+
+
+def test_at_most_so_many_plans_are_measured_at_a_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest by prediction; of those that are tied the first; none that is far behind the best of all."""
+    tied, apart = 1 + 0.7 * TIED, 1 + 1.5 * TIED
+    times = {
+        "a": (0.80, 0.90, 0.90),
+        "b": (0.80 * tied, 0.91, 0.90 * HOPEFUL * 1.001),
+        "c": (0.80 * apart, 0.92, 2.0),
+        "d": (0.80 * apart * tied, 0.93, 2.0),  # tied with c, not with a
+        "e": (0.84, 0.94, 2.0),
+        "f": (0.845, 0.95, 2.0),  # the fourth
+    }
+    baseline = (1.0, 0.80, 1.0)  # better at the second load than all of them
+    plans = [cut_plan(24, 256 * (i + 1), name) for i, name in enumerate(times)]
+    monkeypatch.setattr(search_module, "propose", lambda *_, **__: [Proposal(p, "24 SMs", 1.0, 1.0) for p in plans])
+
+    def of_plan(plan: PipelinePlan, _model: object, _profile: object, shape: BatchShape) -> Prediction:
+        number = next(n for n, load in enumerate(LOADS) if batch_shape(load) == shape)
+        return Prediction(times.get(plan.name, baseline)[number], 1.0)
+
+    monkeypatch.setattr(search_module.predict, "of_plan", of_plan)
+    found = candidates(MODEL, formula_profile(), LOADS, SMS, count=3)[4:]
+    assert {c.plan.name: c.at for c in found} == {"a": (0, 2), "c": (0,), "e": (0,)}
 
 
 def test_what_is_written_for_later_is_measured_at_the_same_loads(tmp_path: Path) -> None:
@@ -91,7 +119,7 @@ def test_a_given_plan_is_measured_at_the_loads_that_it_names_or_at_all() -> None
 
 def test_no_two_names_are_alike_wherever_they_come_from() -> None:
     """A file may hold a plan that was the second of its name elsewhere."""
-    names = ["cut", "cut (2)", "cut", "cut", "cut (2)"]
+    names = ["cut", "cut", "cut (2)", "cut", "cut (2)"]
     plans = [cut_plan(24, 256 * (i + 1), name) for i, name in enumerate(names)]
     wanted = candidates(MODEL, None, LOADS, SMS, more=plans)[4:]
     assert [c.plan.name for c in wanted] == ["cut", "cut (2)", "cut (3)", "cut (4)", "cut (5)"]
