@@ -1,4 +1,4 @@
-"""Which ring decode attention should have on few SMs: ``ON_FEW_SMS`` in kernels/decode_attention.py.
+"""Which ring decode attention should have on few SMs (``ON_FEW_SMS`` in kernels/decode_attention.py), by page size.
 
     python scripts/tune_decode.py compile --out kernels           # anywhere: every kernel, with the tiles of all rings
     NF_KERNEL_BUNDLE=kernels python scripts/tune_decode.py measure --out rings.json --plan plan.json     # on the GPU
@@ -25,6 +25,7 @@ from nf.graphs.pipeline_plan import PAIR, PipelinePlan
 from nf.graphs.plan import load_plan
 from nf.kernels import decode_attention
 from nf.kernels.decode_attention import Ring
+from nf.kernels.kv_cache import PAGE_SIZES
 from nf.kernels.source import KernelSource
 from nf.models.declaration import Model
 from nf.models.registry import declare
@@ -69,12 +70,15 @@ def compile_all(args: argparse.Namespace) -> None:
     print(f"{len(compile_kernels(sources(), args.arch, folder=args.out))} kernels in {args.out}")
 
 
-def points(model: Model, device: Any, partitions: Sequence[int], ring: Ring) -> Iterator[dict[str, Any]]:
+def points(
+    model: Model, device: Any, partitions: Sequence[int], ring: Ring, page_size: int
+) -> Iterator[dict[str, Any]]:
     """Bytes per second of attention with ``ring`` on each partition, alone and beside a GEMM, and what that keeps."""
     from nf.planning.gpu_bench import GpuBench
 
     work = ROWS * CONTEXT * model.config.num_kv_heads * model.config.head_dim * 2 * 2  # K and V, bf16
-    with using(ring), closing(GpuBench(model.config, quick_extent(TOKENS, device.sms), device)) as bench:
+    extent = quick_extent(TOKENS, device.sms)
+    with using(ring), closing(GpuBench(model.config, extent, device, page_size=page_size)) as bench:
         for sms in partitions:
             own, other = ("decode_attention", ROWS, sms, CONTEXT), (GEMM, GEMM_ROWS, device.sms - sms, 0)
             alone, gemm_alone, both = bench.solo(own), bench.solo(other), bench.co_run(other, own)
@@ -88,12 +92,14 @@ def points(model: Model, device: Any, partitions: Sequence[int], ring: Ring) -> 
             }
 
 
-def steps(model: Model, device: Any, plans: Sequence[PipelinePlan], load: Load, ring: Ring) -> list[float]:
+def steps(
+    model: Model, device: Any, plans: Sequence[PipelinePlan], load: Load, ring: Ring, page_size: int
+) -> list[float]:
     """Seconds of a step under each plan."""
     from nf.planning.gpu_step_bench import GpuStepBench
 
     with using(ring):
-        bench = GpuStepBench(model, device, quick=True)
+        bench = GpuStepBench(model, device, quick=True, page_size=page_size)
         return [bench.measure(plan, [load])[0].seconds for plan in plans]
 
 
@@ -107,9 +113,10 @@ def measure(args: argparse.Namespace) -> None:
     need_gpu(model)
     device = Device()
     record: dict[str, Any] = {"benchmark": "decode rings", "environment": environment(), "model": args.model}
-    record |= {"rows": ROWS, "context": CONTEXT, "gemm": [GEMM, GEMM_ROWS], "plans": args.plan, "points": []}
-    for ring in RINGS:
-        for point in points(model, device, args.sms, ring):
+    record |= {"rows": ROWS, "context": CONTEXT, "gemm": [GEMM, GEMM_ROWS], "plans": args.plan}
+    record |= {"page_size": args.page_size, "points": []}
+    for ring in args.ring or RINGS:
+        for point in points(model, device, args.sms, ring, args.page_size):
             record["points"].append(point)
             print(
                 f"{ring.warps} × {ring.stages} × {ring.stage_bytes // 1024:2} KB on {point['sms']:2} SMs: "
@@ -118,10 +125,17 @@ def measure(args: argparse.Namespace) -> None:
                 flush=True,
             )
         if plans:
-            seconds = steps(model, device, plans, load, ring)
+            seconds = steps(model, device, plans, load, ring, args.page_size)
             record.setdefault("steps", []).append({"ring": record["points"][-1]["ring"], "seconds": seconds})
             print("  steps: " + ", ".join(f"{1e3 * value:.2f} ms" for value in seconds), flush=True)
         write_record(args.out, record)  # at once: it may be stopped before its end
+
+
+def _ring(text: str) -> Ring:
+    known = {f"{ring.warps}x{ring.stages}x{ring.stage_bytes // 1024}": ring for ring in RINGS}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}, not {text!r}")
+    return known[text]
 
 
 def main() -> int:
@@ -135,6 +149,8 @@ def main() -> int:
     measuring.add_argument("--model", choices=models(), default="llama-3-8b")
     measuring.add_argument("--sms", type=int, nargs="+", default=[12, 16, 20, 24], help="partitions of attention")
     measuring.add_argument("--plan", nargs="*", default=[], metavar="FILE", help="plans for steps of 2,048 tokens")
+    measuring.add_argument("--ring", type=_ring, nargs="+", metavar="WxSxKB", help="of these alone, such as 7x2x16")
+    measuring.add_argument("--page-size", type=int, choices=PAGE_SIZES, default=16, help="tokens (default 16)")
     measuring.add_argument("--input-len", type=int, default=1024)
     measuring.add_argument("--output-len", type=int, default=512)
     measuring.add_argument("--out", type=Path, required=True, metavar="FILE")

@@ -88,12 +88,21 @@ class GpuBench:
         config: shape of the model.
         extent: bounds the batches.
         run: seconds that each point is measured for.
+        page_size: of the KV cache, tokens.
 
     Raises:
         DeviceMemoryError: the GPU has not enough memory free; nothing stays allocated.
     """
 
-    def __init__(self, config: ModelConfig, extent: Extent, device: cuda.Device, *, run: float = RUN_SECONDS) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        extent: Extent,
+        device: cuda.Device,
+        *,
+        run: float = RUN_SECONDS,
+        page_size: int = PAGE_SIZE,
+    ) -> None:
         self.idle_watts, self.cap_watts = _idle_watts(), power_cap()
         self._config = config = replace(config, num_layers=min(LAYERS, config.num_layers))
         self.model: Model = declare(config)
@@ -101,7 +110,7 @@ class GpuBench:
         self._operations = {operation.name: operation for operation in self.model.operations}
         decodes, tokens = extent.decode_rows[-1], extent.rows[-1]
         longest = max(PROMPT, *extent.decode_contexts, 2 * max(extent.prefill_contexts))
-        self._sizes = Sizes(max(tokens, decodes), max(tokens, decodes), longest + 1, PAGE_SIZE)
+        self._sizes = Sizes(max(tokens, decodes), max(tokens, decodes), longest + 1, page_size)
         self._plans: dict[int, PipelinePlan] = {}
         self._lanes: dict[tuple[Sms, ...], Sequence[Lane]] = {}
         self._layers: dict[tuple[int, Sms], Layers] = {}
@@ -156,10 +165,11 @@ class GpuBench:
         config, sizes, sms = self._config, self._sizes, self._device.sms
         weights = random_device_weights(self.model, 0)
         undo.callback(weights.free)
-        one_page = page_bytes(config, PAGE_SIZE) * config.num_layers
+        page_size = sizes.page_size
+        one_page = page_bytes(config, page_size) * config.num_layers
         free, _ = self._device.memory()
-        self._num_pages = min(-(-kv_tokens // PAGE_SIZE) + sizes.max_num_seqs, min(KV_BYTES, free // 2) // one_page)
-        pages = KvPages(config, device=self._device, page_size=PAGE_SIZE, num_pages=self._num_pages, num_host_pages=0)
+        self._num_pages = min(-(-kv_tokens // page_size) + sizes.max_num_seqs, min(KV_BYTES, free // 2) // one_page)
+        pages = KvPages(config, device=self._device, page_size=page_size, num_pages=self._num_pages, num_host_pages=0)
         undo.callback(pages.free)
         self._loader = KernelLoader(artifacts(all_sources(), self._device.arch))
         undo.callback(self._loader.free)
@@ -189,7 +199,7 @@ class GpuBench:
     def _batch(self, operation: str, rows: int, context: int) -> tuple[int, Batch]:
         """A step in which ``operation`` has so many rows, and tokens of its dense batch."""
         if operation == ENDS:
-            return rows, self._step(rows, [1] * rows, [PAGE_SIZE] * rows)
+            return rows, self._step(rows, [1] * rows, [self._sizes.page_size] * rows)
         if self._operations[operation].rows is Rows.DECODE:
             return rows, self._step(rows, [1] * rows, [context] * rows)
         lens, new = self._prompts(rows, context)
@@ -204,7 +214,7 @@ class GpuBench:
         return new, new
 
     def _step(self, decodes: int, new: list[int], lens: list[int]) -> Batch:
-        return step_batch(decodes, new, lens, PAGE_SIZE, self._num_pages)
+        return step_batch(decodes, new, lens, self._sizes.page_size, self._num_pages)
 
     def _load(self, batch: Batch) -> None:
         stream = self._streams[0]

@@ -34,10 +34,11 @@ class GpuStepBench:
 
     Args:
         quick: warm up and measure each load for a shorter time.
+        page_size: of the KV cache, tokens.
     """
 
-    def __init__(self, model: Model, device: Device, *, quick: bool = False) -> None:
-        self._model, self._device = model, device
+    def __init__(self, model: Model, device: Device, *, quick: bool = False, page_size: int = PAGE_SIZE) -> None:
+        self._model, self._device, self._page_size = model, device, page_size
         self._warm = QUICK_WARM_SECONDS if quick else WARM_SECONDS
         self._run = QUICK_RUN_SECONDS if quick else RUN_SECONDS
 
@@ -49,25 +50,25 @@ class GpuStepBench:
     def measure(self, plan: PipelinePlan, loads: Sequence[Load]) -> list[Measurement]:
         """Of each load, with the graphs of ``plan`` captured once."""
         with self._executor(plan, loads) as executor:
-            batches = [load.batch(PAGE_SIZE, executor.num_pages) for load in loads]
+            batches = [load.batch(self._page_size, executor.num_pages) for load in loads]
             return [measure_step(executor, batch, warm=self._warm, run=self._run) for batch in batches]
 
     def trace(self, plan: PipelinePlan, load: Load) -> list[Span]:
         """When each nano-operation of a step ran."""
         with self._executor(plan, [load]) as executor:
-            return executor.trace(load.batch(PAGE_SIZE, executor.num_pages))
+            return executor.trace(load.batch(self._page_size, executor.num_pages))
 
     @contextmanager
     def _executor(self, plan: PipelinePlan, loads: Sequence[Load]) -> Iterator[GpuExecutor]:
         """With as many pages as the loads fill, or as there is room for. ``plan`` runs all loads."""
         plans = plans_for(plan, loads)
         required_partitions(stream.sms for stream in plan.streams)
-        batches = [load.batch(PAGE_SIZE) for load in loads]
+        batches = [load.batch(self._page_size) for load in loads]
         longest = max(load.input_len + load.output_len for load in loads) + 1
         sizes = {
             "max_num_seqs": max(batch.num_seqs for batch in batches),
             "max_model_len": longest,
-            "page_size": PAGE_SIZE,
+            "page_size": self._page_size,
         }
         weights = random_device_weights(self._model, 0)
         try:
@@ -76,7 +77,7 @@ class GpuStepBench:
             config = self._model.config
             num_pages = min(
                 max(len(batch.kv_indices) for batch in batches),
-                free // (page_bytes(config, PAGE_SIZE) * config.num_layers),
+                free // (page_bytes(config, self._page_size) * config.num_layers),
             )
             if num_pages < 1:
                 raise InputError(

@@ -233,6 +233,14 @@ def bench(config: ModelConfig = LLAMA, run: float = 0.01) -> GpuBench:
     return GpuBench(config, EXTENT, DEVICE, run=run)
 
 
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_pages_are_as_large_as_asked_for(page_size: int) -> None:
+    own = GpuBench(LLAMA, EXTENT, DEVICE, run=0.01, page_size=page_size)
+    _, batch = own._batch("decode_attention", 8, 100)
+    assert len(batch.kv_indices) == 8 * -(-100 // page_size)
+    own.close()
+
+
 @pytest.mark.parametrize("config", [LLAMA, MIXTRAL], ids=["llama", "mixtral"])
 def test_every_point_can_be_measured(config: ModelConfig) -> None:
     model, own = declare(config), bench(config)
@@ -524,10 +532,12 @@ def test_steps_are_measured_on_as_many_pages_as_fit(monkeypatch: pytest.MonkeyPa
     assert [m.seconds for m in found] == [1e-3 * len(load.batch(16).kv_indices) for load in loads]
     assert Executor.made[0].num_pages == max(len(load.batch(16).kv_indices) for load in loads)
     assert own.trace(plan, loads[0]) == [64]
+    large = GpuStepBench(model, own._device, quick=True, page_size=64)
+    assert large.measure(plan, loads[:1])[0].seconds == 1e-3 * len(loads[0].batch(64).kv_indices)
     with pytest.raises(ValueError, match="bad"):
         own.measure(replace(plan, name="bad"), loads)
-    assert len(freed) == 4
+    assert len(freed) == 5
     own._device.memory = lambda: (2 << 30, 4 << 30)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="leave no room for KV"):
         own.measure(plan, loads)
-    assert len(freed) == 5
+    assert len(freed) == 6

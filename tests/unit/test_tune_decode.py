@@ -40,8 +40,10 @@ def rate() -> float:
 class Bench:
     """Attention beside a GEMM reads half as much, and the GEMM takes a quarter longer."""
 
-    def __init__(self, *_: Any) -> None:
-        self.ring = decode_attention.ON_FEW_SMS
+    page_size = 0
+
+    def __init__(self, *_: Any, page_size: int) -> None:
+        self.ring, Bench.page_size = decode_attention.ON_FEW_SMS, page_size
 
     def solo(self, key: SoloKey) -> Cost:
         assert self.ring == decode_attention.ON_FEW_SMS
@@ -58,8 +60,11 @@ class Bench:
 
 
 class StepBench:
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    page_size = 0
+
+    def __init__(self, *_: Any, page_size: int, quick: bool) -> None:
+        assert quick
+        StepBench.page_size = page_size
 
     def measure(self, _plan: Any, loads: Sequence[Any]) -> list[Measurement]:
         return [Measurement(1e6 / rate(), 1.0) for _ in loads]
@@ -111,6 +116,27 @@ def test_every_ring_is_measured_on_every_partition(
         assert step["seconds"] == [pytest.approx(1e6 / (1e9 * warps * (stages - 1) * stage_bytes / 1024))]
     assert script.RINGS[0] == decode_attention.ON_FEW_SMS  # as before
     assert "7 × 2 × 16 KB on 16 SMs" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("gpu")
+def test_one_ring_may_be_measured_on_other_pages(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "rings.json"
+    plan.write_text(nano_batch_plan(MODEL.operations, 2048).to_json())
+    argv = ["tune_decode", "measure", "--out", str(out), "--plan", str(plan), "--ring", "8x3x8", "--page-size", "32"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--sms", "16"])
+    assert script.main() == 0
+    record = json.loads(out.read_text())
+    assert [point["ring"] for point in record["points"]] == [[8, 3, 8192]]
+    assert record["page_size"] == Bench.page_size == StepBench.page_size == 32
+
+
+def test_an_unknown_ring_is_refused(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune_decode", "measure", "--out", str(tmp_path / "x.json"), "--ring", "9x9x9"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "must be one of 7x2x16, 7x4x8, 7x3x8, 8x3x8, 6x4x8, not '9x9x9'" in capsys.readouterr().err
 
 
 def test_without_a_gpu_nothing_is_measured(
