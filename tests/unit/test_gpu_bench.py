@@ -1,22 +1,33 @@
-"""The bench of nano-operations without a GPU: real launches of real layers, kernels that only take their time.
-
-Streams are clocks, a kernel takes 10 µs of its stream's, and the host has memory in place of the device. The host has
-a clock as well, which looking at it and sleeping move on.
-"""
+"""The bench of nano-operations without a GPU: real launches of real layers, kernels that only take their time."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import device_double
-import numpy as np
 import pytest
+from gpu_bench_double import (
+    CAPTURED,
+    CLOCKS,
+    DEVICE,
+    KERNEL_SECONDS,
+    PACE,
+    Event,
+    Graph,
+    Kernel,
+    Memory,
+    Meter,
+    Stream,
+    Time,
+    capture,
+    fake_lanes,
+)
 
 from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
@@ -35,156 +46,6 @@ from nf.planning.profiling import ENDS, Extent, fill, wanted_pairs, wanted_solos
 LLAMA = ModelConfig("LlamaForCausalLM", 512, 128, 192, 12, 4, 2, 64, 1e-6, 256)
 MIXTRAL = replace(LLAMA, architecture="MixtralForCausalLM", num_experts=4, experts_per_token=2, num_layers=3)
 EXTENT = Extent((32, 64), (64,), (16, 32), (48, 96), (24,), (16, 24), (32,), 132)
-KERNEL_SECONDS = 1e-5
-
-LAUNCHED: list[str] = []
-CLOCKS: defaultdict[int, float] = defaultdict(float)  # stream → when it is done with what is enqueued
-PACE: defaultdict[int, float] = defaultdict(lambda: 1.0)  # stream → how much longer everything takes
-
-
-class Time:
-    """The module ``time`` of the host."""
-
-    now = 0.0
-    slept = 0.0
-
-    @staticmethod
-    def perf_counter() -> float:
-        Time.now += 1e-6
-        return Time.now
-
-    @staticmethod
-    def sleep(seconds: float) -> None:
-        Time.now += seconds
-        Time.slept += seconds
-        assert Time.slept < 20  # somebody waits for what does not come
-
-
-class Kernel:
-    """Any kernel and any group of kernels: what is called is noted."""
-
-    workspace_bytes = 256
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *_values: Any, **_named: Any) -> None:
-        LAUNCHED.append(self.name)
-
-    def __getattr__(self, name: str) -> Kernel:
-        return Kernel(f"{self.name}.{name}")
-
-    def product(self, n: int, k: int, capacity: int, **_: Any) -> Kernel:
-        return Kernel(f"gemm {n}×{k} of {capacity}")
-
-
-class Memory(device_double.Memory):
-    def upload(self, array: np.ndarray, offset: int = 0) -> None:
-        self.array[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-class Stream:
-    made = 0
-    dead = False  # the GPU: every call is refused
-
-    def __init__(self, _priority: int = 0) -> None:
-        Stream.made += 1
-        self.handle = Stream.made
-
-    def synchronize(self) -> None:
-        if Stream.dead:
-            raise CudaError("the driver answered CUDA_ERROR_ILLEGAL_ADDRESS")
-        device_double.finish()
-        Time.now = max(Time.now, CLOCKS[self.handle])
-
-    def free(self) -> None:
-        if Stream.dead:
-            raise CudaError("the driver refuses to free")
-
-
-class Event:
-    def __init__(self, *, timing: bool = False) -> None:
-        assert timing
-
-    def record(self, stream: int) -> None:
-        self.moment = max(Time.now, CLOCKS[stream])
-
-    def block(self, stream: int) -> None:
-        CLOCKS[stream] = max(CLOCKS[stream], self.moment)
-
-    @property
-    def reached(self) -> bool:
-        return self.moment <= Time.now
-
-    def since(self, start: Event) -> float:
-        return self.moment - start.moment
-
-    def free(self) -> None:
-        pass
-
-
-class Graph:
-    live = 0
-    hiccup = 0.0  # seconds that the first replays of every graph take longer, each half as long as the one before
-
-    def __init__(self, kernels: list[str], lanes: Sequence[Lane]) -> None:
-        self.kernels, self.lanes = kernels, lanes
-        self.late = Graph.hiccup
-        self.ends: list[float] = []
-        self.most = 0  # replays enqueued and not done, at any time
-        self.waited = 0.0  # seconds of its stream between two replays, with nothing enqueued
-        Graph.live += 1
-
-    def launch(self, stream: int) -> None:
-        start = max(Time.now, CLOCKS[stream])
-        if self.ends:
-            self.waited += start - CLOCKS[stream]
-        CLOCKS[stream] = start + KERNEL_SECONDS * len(self.kernels) * PACE[stream] + self.late
-        self.ends.append(CLOCKS[stream])
-        self.most = max(self.most, sum(end > Time.now for end in self.ends))
-        self.late = self.late / 2 if self.late > 0.01 else 0.0
-
-    def free(self) -> None:
-        Graph.live -= 1
-
-
-class Meter:
-    watts = 500.0
-
-    def __init__(self, _ordinal: int) -> None:
-        pass
-
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def between(self, start: float, end: float) -> float:
-        return self.watts if end > start else float("nan")
-
-
-CAPTURED: list[Graph] = []
-
-
-def capture(steps: Sequence[Any], lanes: Sequence[Lane], origin: int, *, begin: Any, launch: Any, finish: Any) -> Graph:
-    LAUNCHED.clear()
-    begin(origin)
-    for step in steps:
-        launch(step, lanes[step.stream], True)
-    finish(origin)
-    CAPTURED.append(Graph(list(LAUNCHED), lanes))
-    return CAPTURED[-1]
-
-
-def fake_lanes(streams: Sequence[Any], total: int) -> tuple[Lane, ...]:
-    assert sum(s.sms for s in streams if s.sms != "all") <= total
-    return tuple(Lane(s.name, Stream().handle, total if s.sms == "all" else s.sms) for s in streams)
-
-
-DEVICE: Any = SimpleNamespace(
-    name="A GPU", sms=132, arch="sm_90a", memory=lambda: (64 << 20, 128 << 20), use=lambda: None
-)
 
 
 @pytest.fixture(autouse=True)
