@@ -46,7 +46,7 @@ class Ring:
         warps: each with a ring of its own.
         stages: of a ring.
         stage_bytes: of KV, one tile. A stage is refilled once its tile is in registers, so small ones leave more of the
-            ring on its way, and every tile costs some time besides.
+            ring on its way, but every tile costs a warp some time besides: on an H200 8 KB are slower than 16.
     """
 
     warps: int

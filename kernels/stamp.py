@@ -16,7 +16,7 @@ def sources() -> list[KernelSource]:
 
 
 class Stamp:
-    """Launches a stamp: about 2 µs on its stream, on one multiprocessor of those that the stream has."""
+    """Launches a stamp: one warp, on one multiprocessor of those that the stream has."""
 
     def __init__(self, loader: KernelLoader) -> None:
         self._kernel = loader.cuda(STAMP.name)

@@ -59,7 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="decode tokens of a step, one load and one plan kept per share, 0.5@450 with 450 keys for each of them on "
         "average; with 1 no prompts come",
     )
-    add("--count", type=int, default=6, metavar="K", help="plans of Stages I and II to measure, per load (default 6)")
+    add(
+        "--count",
+        type=int,
+        default=6,
+        metavar="K",
+        help="plans of Stages I and II to measure, at most, per load (default 6)",
+    )
     add("--seconds", type=float, default=100.0, metavar="S", help="for Stages I and II (default 100)")
     add(
         "--add",

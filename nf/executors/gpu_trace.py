@@ -2,9 +2,9 @@
 
 The stamps are small kernels. Events in the graph would mark the same moments, but they hold up kernels of other lanes:
 a step of some 62 ms on partitions took 84 with them, and the overlap was gone. Stamps keep a kernel from starting
-before the one before it on its lane has ended, so a traced step takes a little longer than the same step untraced. It
-is replayed without a pause until the clocks have settled, and the last replay is told: after a pause as short as making
-the graph the clocks are above what the card's power allows for long.
+before the one before it on its lane has ended, and take time themselves. The step is replayed without a pause until the
+clocks have settled, and the last replay is told: after a pause as short as making the graph the clocks are above what
+the card's power allows for long.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from dataclasses import replace
 from nf.graphs.pipeline_plan import PipelinePlan
 from nf.planning.nano_layer import COMPUTE
 from nf.planning.profile import SM_STEP
+from nf.planning.resources import cuts_in_words
 
 CUT_STEP = 256  # tokens; by one tile of 128 both nano-batches would have an odd number of them, which runs slower
 
@@ -31,9 +32,9 @@ def neighbours(plan: PipelinePlan) -> Iterator[PipelinePlan]:
 
 
 def _varied(plan: PipelinePlan, compute: int, memory: int, cut: int) -> PipelinePlan:
-    return replace(
+    varied = replace(
         plan,
-        name=f"{memory} SMs for memory, cut at {cut}",
         nano_batches=((0, cut), (cut, plan.dense_batch_size)),
         streams=tuple(replace(s, sms=compute if s.name == COMPUTE else memory) for s in plan.streams),
     )
+    return replace(varied, name=f"{memory} SMs for memory, {cuts_in_words(varied)}")

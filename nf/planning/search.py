@@ -139,8 +139,8 @@ def candidates(
     seconds: float = 100.0,
     more: Sequence[PipelinePlan] = (),
 ) -> list[Candidate]:
-    """What is worth measuring: the baselines everywhere; the ``count`` best of Stages I and II per load where they are
-    predicted to come close to the best; and ``more``.
+    """What is worth measuring: the baselines everywhere; at each load at most ``count`` plans of Stages I and II, those
+    that are predicted to be the fastest, if close to the best; and ``more``.
 
     Args:
         profile: None leaves Stages I and II out, and predictions.
