@@ -3,9 +3,16 @@
 // Noise is drawn for every token that is kept, but its two logarithms are worked out for few. With u uniform, a token of
 // weight p = exp(logit/T) ≤ 1 beats the score b only if −log u ≤ p·exp(−b), and −log u ≥ 1 − u. So 1 − u ≤ p·exp(−b) is
 // asked of eight tokens at once, with the greatest u and the greatest p of them, then of each, with margins for rounding.
-// The few that pass are scored exactly and lower the bar exp(−b) for the rest. Where p·exp(−b) is below the least −log u
-// there is, no noise is drawn. The highest score of tokens that weigh W together exceeds log(W / r) but with probability
-// exp(−r), so the bar begins at r / W; should the winner miss that, all is done again.
+// The few that pass are scored exactly and raise the bar b for the rest. Where p·exp(−b) is below the least −log u there
+// is, no noise is drawn. The highest score of tokens that weigh W together exceeds log(W / r) but with probability
+// exp(−r), so the bar begins at log(W / r); should the winner miss that, all is done again.
+//
+// With no filter, a row is drawn from in its first pass, before its maximum is known: what passes is listed, and scored
+// exactly in the end. The same with top-p where most tokens have some weight, as far as a sample tells (where few have, the
+// way of select.cuh is the faster one). Top-p keeps the tokens down to an unknown logit; so that the winner among them is
+// listed wherever that is, only tokens above a bound, which is guessed to be higher, raise the bar. The winner of all is the
+// winner of those kept if it is one of them; if not, the winner of those before it may be, and so on: a second pass sums what
+// comes before the first few. Should that not tell, the row is drawn from as others are.
 #pragma once
 #include "philox.cuh"
 #include "select.cuh"
@@ -51,6 +58,47 @@ __device__ __forceinline__ float min_p_floor(Shared& shared, const Choice& choic
     return shared.floor;
 }
 
+// Rounding of chances is within MARGIN, and so is what ex2.approx may lack of being monotone (2⁻²¹).
+constexpr float MARGIN = 1.0001f, NEAR_ONE = 1.0f + 4e-7f;
+constexpr float LEAST = 0.99f * 0x1p-24f;  // −log u is at least 2⁻²⁴
+// r of the bar: one row in 160,000 is done again (at r = 8, one in 3000: with 1024 rows a launch would often wait for one),
+// and the first 1/r of the weight is about what passes too easily.
+constexpr float SURE = 12;
+
+template <class Row>
+constexpr int GROUP = 8 / Row::WIDTH;  // vectors whose noise is worked out together
+
+// Which of the eight tokens of a group, whose first vector is `first`, may beat the bar: a bit each. `chance(logit, vector)`
+// is p·exp(−b), and `bound` the greatest.
+template <class Row, class Chance>
+__device__ __forceinline__ uint32_t find_hits(
+    const Batch<Row>& batch, int first, const Philox& noise, float bound, Chance chance) {
+    if (!__any_sync(~0u, bound >= LEAST)) return 0;
+    uint32_t words[8], most = 0, hits = 0;
+    noise.words<2>(
+        static_cast<uint32_t>(batch.id + first * batch.STRIDE) / 4, words, GROUP<Row> == 2 ? batch.STRIDE / 4 : 1);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) most = max(most, words[j]);
+    if (!(two_minus_uniform(most) <= bound + NEAR_ONE)) return 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const int vector = j / Row::WIDTH;
+        const float value = opaque(batch.x[first + vector][j % Row::WIDTH]);  // rare: not to be kept till here
+        if (two_minus_uniform(words[j]) <= chance(value, vector) + NEAR_ONE) hits |= 1u << j;
+    }
+    return hits;
+}
+
+// Call visit(id, logit) for every hit.
+template <class Row, class Visit>
+__device__ __forceinline__ void visit_hits(const Row& row, const Batch<Row>& batch, int first, uint32_t hits, Visit visit) {
+    for (; hits; hits &= hits - 1) {
+        const int own = __ffs(hits) - 1;
+        const int id = batch.id + (first + own / Row::WIDTH) * batch.STRIDE + own % Row::WIDTH;
+        visit(id, row.at(id));
+    }
+}
+
 // What a pass does with a logit: keep it and draw for it, list it, or drop it.
 struct Cut {
     float high = LOWEST;     // logits above are kept
@@ -76,11 +124,7 @@ template <bool FILTERED, class Row>
 __device__ __forceinline__ Sums draw_pass(
     const Row& row, Shared& shared, Stream& stream, const Choice& choice, const Weight& weight, const Cut& cut, float bar,
     Best& best, const Source& then) {
-    // Rounding of weights is within MARGIN, and so is what ex2.approx may lack of being monotone (2⁻²¹).
-    constexpr float MARGIN = 1.0001f, NEAR_ONE = 1.0f + 4e-7f;
-    constexpr float LEAST = 0.99f * 0x1p-24f;  // −log u is at least 2⁻²⁴
-    constexpr int GROUP = 8 / Row::WIDTH;  // vectors whose noise is worked out together
-    constexpr int GROUPS = Batch<Row>::VECTORS / GROUP;
+    constexpr int GROUP = ::GROUP<Row>, GROUPS = Batch<Row>::VECTORS / GROUP;
     if (threadIdx.x == 0) shared.bar = __float_as_uint(bar * MARGIN);
     __syncthreads();
     const Philox noise = choice.noise;
@@ -152,26 +196,13 @@ __device__ __forceinline__ Sums draw_pass(
                 if (!cut.draw) continue;
             }
             const float bound = !FILTERED || highest[group] > high[0] ? weight(highest[group]) * scale : 0.0f;
-            if (!__any_sync(~0u, bound >= LEAST)) continue;
-            uint32_t words[8], most = 0;
-            noise.words<2>(static_cast<uint32_t>(id_of(0)) / 4, words, GROUP == 2 ? batch.STRIDE / 4 : 1);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) most = max(most, words[j]);
-            if (!(two_minus_uniform(most) <= bound + NEAR_ONE)) continue;
-            uint32_t hits = 0;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                const float value = opaque(x[first + j / Row::WIDTH][j % Row::WIDTH]);  // rare: not to be kept till here
-                const float p = value > high[j / Row::WIDTH] ? weight(value) : -INFINITE;
-                if (two_minus_uniform(words[j]) <= fmaf(p, scale, NEAR_ONE)) hits |= 1u << j;
-            }
+            const uint32_t hits = find_hits(batch, first, noise, bound, [&](float value, int vector) {
+                return value > high[vector] ? weight(value) * scale : -INFINITE;
+            });
             if (!hits) continue;
-            do {
-                const int own = __ffs(hits) - 1;
-                const int id = id_of(own / Row::WIDTH) + own % Row::WIDTH;
-                score_token(choice, weight.top, row.at(id), id, best);
-                hits &= hits - 1;
-            } while (hits);
+            visit_hits(row, batch, first, hits, [&](int id, float value) {
+                score_token(choice, weight.top, value, id, best);
+            });
             const float lower = expf(-best.score) * MARGIN;
             atomicMin(&shared.bar, __float_as_uint(lower));
         }
@@ -225,8 +256,164 @@ __device__ __forceinline__ Kept cut_list(
     return {kept, sums.kept + sum_threads(sum_until(kept), shared.scratch)};
 }
 
-// What the first pass left in shared memory: nothing, the histogram, or the sorted list of the highest logits.
-enum class Left { NOTHING, HISTOGRAM, LIST };
+// ---- Drawing in the first pass ----
+
+// Bars as log₂ of the scores that logits give as they are, not less the highest. What rounding may do to one.
+__device__ __forceinline__ float bar_slack(float bar) { return 2e-4f + 4e-7f * fabsf(bar); }
+
+// A sum of weights and of weighted logits.
+struct Moments {
+    float weight, logit;
+};
+
+__device__ __forceinline__ Moments operator+(const Moments& a, const Moments& b) {
+    return {a.weight + b.weight, a.logit + b.logit};
+}
+
+// Lists what may have the highest score of all tokens or, with top-p, of all down to some logit.
+struct Drawing {
+    static constexpr float FURTHEST = 1e5f;     // of logits over temperature: beyond, the slack would let too much pass
+    static constexpr float CAREFUL = 0.125f;    // a token apart may be the sample's: so much of what it tells of the row
+    static constexpr float MOST = 1.0f / 1024;  // mean weight from which most tokens have some, the sample's highest being 1
+    Shared& shared;
+    const Choice& choice;
+    Philox noise;
+    float factor;  // log₂ e / temperature
+
+    __device__ __forceinline__ Drawing(Shared& shared, const Choice& choice)
+        : shared(shared), choice(choice), noise(choice.noise), factor(Weight(0, choice.temperature).factor) {}
+
+    // Before the pass: the bound and the first bar, from a sample whose highest logit is `highest`. Whether it is worth it.
+    template <class Row>
+    __device__ __forceinline__ bool begin(const Row& row, const uint4 (&sample)[SAMPLED], float highest) const {
+        const bool share = choice.top_p < 1;
+        const Weight weight(fmaxf(highest, LOWEST), choice.temperature);
+        Moments own{};
+#pragma unroll
+        for (int i = 0; i < SAMPLED; ++i) {
+            float x[Row::WIDTH];
+            Row::unpack(sample[i], x);
+#pragma unroll
+            for (int j = 0; j < Row::WIDTH; ++j) own = own + Moments{weight(x[j]), weight(x[j]) * fmaxf(x[j], LOWEST)};
+        }
+        const Moments all = sum_threads(own, shared.scratch);
+        if (share && all.weight < MOST * row.vocab_size / sample_ratio(row)) return false;
+        clear_list(shared);
+        if (threadIdx.x == 0) {
+            shared.bound = share ? all.logit / all.weight : -INFINITE;  // the mean, about half of the weight is above
+            const float of_row = (all.weight - 1) * sample_ratio(row) * CAREFUL;
+            const float above = fmaxf(all.weight, of_row) * (share ? 0.5f : 1.0f);
+            const float bar = fmaf(weight.top, factor, log2f(above / SURE));
+            shared.first_bar = bar - bar_slack(bar);
+            shared.bar = order_key(shared.first_bar);
+        }
+        __syncthreads();
+        return true;
+    }
+
+    template <class Row>
+    __device__ __forceinline__ void operator()(const Row& row, const Batch<Row>& batch, float) const {
+        const volatile uint32_t* const highest_bar = &shared.bar;
+        const float bar = key_value(*highest_bar);
+        auto chance = [&](float logit, int = 0) { return exp2_approximate(fmaf(logit, factor, -bar)); };
+#pragma unroll
+        for (int first = 0; first < Batch<Row>::VECTORS; first += GROUP<Row>) {
+            const float highest = chance(fmaxf(batch.highest[first], batch.highest[first + GROUP<Row> - 1]));
+            visit_hits(row, batch, first, find_hits(batch, first, noise, highest, chance), [&](int id, float logit) {
+                push(shared, logit, id);
+                if (!(logit > shared.bound)) return;
+                const float score = fmaf(logit, factor, gumbel(noise.word(id)) * LOG2_E);
+                atomicMax(&shared.bar, order_key(score - bar_slack(score)));
+            });
+        }
+    }
+};
+
+// One of those listed that may be chosen.
+struct Winner {
+    int id;  // NONE: there is none
+    float logit;
+    bool passed;  // the first bar; what had a higher score would be listed as well
+};
+
+// The best of those listed that come before `than`.
+template <class Row>
+__device__ __forceinline__ Winner next_winner(
+    const Row& row, Shared& shared, const Choice& choice, const Weight& weight, const Winner& than) {
+    Best best;
+    for (int i = threadIdx.x; i < shared.list_length; i += THREADS) {
+        const float logit = listed_value(shared.list[i]);
+        const int id = listed_id(shared.list[i]);
+        if (logit > than.logit || (logit == than.logit && id < than.id)) score_token(choice, weight.top, logit, id, best);
+    }
+    best = reduce_threads(best, Best{}, shared.scratch, better);
+    const float score = fmaf(weight.top, weight.factor, best.score * LOG2_E);
+    return {best.id, best.id == NONE ? INFINITE : row.at(best.id), score >= shared.first_bar + 2 * bar_slack(score)};
+}
+
+// Weights: of all; above the bound; of each winner and all that is not below it; of what is above each but the last.
+struct Before {
+    float all, bound, from[3], above[2];
+};
+
+__device__ __forceinline__ Before operator+(const Before& a, const Before& b) {
+    return {a.all + b.all, a.bound + b.bound, {a.from[0] + b.from[0], a.from[1] + b.from[1], a.from[2] + b.from[2]},
+            {a.above[0] + b.above[0], a.above[1] + b.above[1]}};
+}
+
+// The token of a row that was listed by Drawing; NONE if that does not tell. `then` is what is read next.
+template <class Row>
+__device__ __forceinline__ int token_of_listed(
+    const Row& row, Shared& shared, Stream& stream, const Choice& choice, const Weight& weight, const Source& then) {
+    constexpr float ROUNDING = 1e-4f;
+    if (shared.list_length > LIST || fabsf(weight.top * weight.factor) > Drawing::FURTHEST) return NONE;
+    Winner winners[3];
+    winners[0] = next_winner(row, shared, choice, weight, {NONE, -INFINITE});
+    if (choice.top_p >= 1) return winners[0].passed ? winners[0].id : NONE;
+    winners[1] = next_winner(row, shared, choice, weight, winners[0]);
+    winners[2] = next_winner(row, shared, choice, weight, winners[1]);
+    const float bound = shared.bound;
+    Before own{};
+    stream.batches(row, then, [&](const Batch<Row>& batch) {
+#pragma unroll
+        for (int i = 0; i < batch.VECTORS; ++i) {
+#pragma unroll
+            for (int j = 0; j < Row::WIDTH; ++j) {
+                const float x = batch.x[i][j], weighs = weight(x);
+                auto add = [&](float& sum, bool counts) { sum = fmaf(weighs, counts ? 1.0f : 0.0f, sum); };
+                own.all += weighs;
+                add(own.bound, x > bound);
+#pragma unroll
+                for (int k = 0; k < 3; ++k) add(own.from[k], x >= winners[k].logit);
+#pragma unroll
+                for (int k = 0; k < 2; ++k) add(own.above[k], x > winners[k].logit);
+            }
+        }
+    });
+    const Before sums = sum_threads(own, shared.scratch);
+    const float less = choice.top_p * sums.all * (1 - ROUNDING), more = choice.top_p * sums.all * (1 + ROUNDING);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+        const Winner& winner = winners[k];
+        if (winner.id == NONE) return NONE;
+        if (sums.from[k] - weight(winner.logit) < less) {
+            return winner.passed && (k == 0 || sums.bound <= less) ? winner.id : NONE;
+        }
+        if (k == 2 || !(sums.above[k] >= more)) return NONE;
+    }
+    return NONE;
+}
+
+// What the first pass left in shared memory: nothing, the histogram, the sorted list of the highest logits, or the list of
+// those that may win.
+enum class Left { NOTHING, HISTOGRAM, LIST, CANDIDATES };
+
+// Whether the first pass over a row may be Drawing. Of a smaller share the first winners are too seldom.
+__device__ __forceinline__ bool may_draw_first(const Choice& choice, int vocab_size) {
+    constexpr float LEAST_SHARE = 0.7f;
+    const bool few = choice.top_k > 0 && choice.top_k < vocab_size;
+    return choice.temperature > 0 && !few && choice.min_p <= 0 && choice.top_p >= LEAST_SHARE;
+}
 
 // The token of a row with these stats. The histogram may be overwritten; the list has at least top_k entries. `then()` is
 // what is read next.
@@ -234,12 +421,18 @@ template <class Row, class Then>
 __device__ __forceinline__ int draw_token(
     const Row& row, Shared& shared, Stream& stream, const Choice& choice, const Stats& stats, Left left,
     Then then) {
-    // r of the bar: one row in 160,000 is done again (at r = 8, one in 3000: with 1024 rows a launch would often wait for
-    // one), and the first 1/r of the weight is about what passes too easily.
-    constexpr float SURE = 12;
     const float top = stats.top;
     const Weight weight(top, choice.temperature);
     const bool few = choice.top_k > 0 && choice.top_k < row.vocab_size, share = choice.top_p < 1;
+    if (left == Left::CANDIDATES) {
+        const int id = token_of_listed(row, shared, stream, choice, weight, then());
+        if (id != NONE) return id;
+        if (share) {
+            begin_histogram(shared, top, choice.temperature);
+            own_stats(row, stream, source_of(row), Counting(shared));
+            left = Left::HISTOGRAM;
+        }
+    }
     Cut whole;
     if (choice.min_p > 0) {
         whole.floor = min_p_floor(shared, choice, top);

@@ -83,11 +83,12 @@ struct Bins {
 struct alignas(128) Shared {
     uint32_t bins[BINS + 4];  // the last four: a place for what is in no bin
     uint64_t list[LIST];
-    double scratch[3 * 32];  // of reductions
+    double scratch[4 * 32];  // of reductions
     Crossing crossings[2];
     float top_values[MAX_TOP];
     int list_length;
-    uint32_t bar;  // see draw.cuh
+    uint32_t bar;  // see draw.cuh, as are the others
+    float first_bar, bound;
     float floor;
     int tie;
     float cut;       // logits from here on are listed
@@ -376,18 +377,34 @@ __device__ __forceinline__ Stats join(const Stats& a, const Stats& b) {
 
 constexpr int SAMPLED = 2;  // vectors per thread
 
-// The highest of some vectors per thread, spread over the row.
+// Some vectors per thread, spread over the row.
 template <class Row>
-__device__ __forceinline__ float own_sample(const Row& row) {
+__device__ __forceinline__ void read_sample(const Row& row, uint4 (&v)[SAMPLED]) {
     const int vectors = (row.vocab_size + Row::WIDTH - 1) / Row::WIDTH;
     const int stride = max(1, vectors / (SAMPLED * THREADS));
-    uint4 v[SAMPLED];
 #pragma unroll
     for (int i = 0; i < SAMPLED; ++i) v[i] = load_vector(row, (i * THREADS + threadIdx.x) * stride);
+}
+
+// How many times as many tokens the row has.
+template <class Row>
+__device__ __forceinline__ float sample_ratio(const Row& row) {
+    return fmaxf(1.0f, static_cast<float>(row.vocab_size) / (SAMPLED * THREADS * Row::WIDTH));
+}
+
+// The highest of this thread's sample.
+template <class Row>
+__device__ __forceinline__ float highest_of(const uint4 (&v)[SAMPLED]) {
     float highest = -INFINITE;
 #pragma unroll
     for (int i = 0; i < SAMPLED; ++i) highest = fmaxf(highest, Row::highest(v[i]));
     return highest;
+}
+
+// The highest of all threads' samples.
+template <class Row>
+__device__ __forceinline__ float highest_of_sample(const Row&, const uint4 (&v)[SAMPLED], Shared& shared) {
+    return reduce_threads(highest_of<Row>(v), -INFINITE, shared.scratch, [](float a, float b) { return fmaxf(a, b); });
 }
 
 __device__ __forceinline__ void clear_bins(Shared& shared) {
@@ -397,27 +414,26 @@ __device__ __forceinline__ void clear_bins(Shared& shared) {
     __syncthreads();
 }
 
-// Before own_stats<COUNT>. Bins are made for this temperature.
-template <class Row>
-__device__ __forceinline__ void begin_histogram(const Row& row, Shared& shared, float temperature) {
+// Before a pass that is Counting. Bins are made for this temperature, and for a highest logit of about `guess`.
+__device__ __forceinline__ void begin_histogram(Shared& shared, float guess, float temperature) {
     clear_bins(shared);
-    const float guess = reduce_threads(
-        own_sample(row), -INFINITE, shared.scratch, [](float a, float b) { return fmaxf(a, b); });
     if (threadIdx.x == 0) shared.histogram = Bins(guess, temperature);
     __syncthreads();
 }
 
-// Before own_stats<LIST>: choose the cut so that the `count` highest logits will be listed and the list will suffice.
+// Before a pass that is Listing: choose the cut so that the `count` highest logits will be listed and the list will suffice.
 // Returns whether that can be expected; it is a guess from a sample.
 template <class Row>
 __device__ __forceinline__ bool begin_list(const Row& row, Shared& shared, int count) {
     // Of the threads' maxima, the one that many are at or above. The row has about `ratio` times as many.
-    const float ratio = fmaxf(1.0f, static_cast<float>(row.vocab_size) / (SAMPLED * THREADS * Row::WIDTH));
+    const float ratio = sample_ratio(row);
     const float least = count / ratio;
     const int many = static_cast<int>(least + 4.0f * sqrtf(least) + 4.0f);
     clear_list(shared);
     if (many * ratio > LIST * 0.6f || many > THREADS / 4) return false;
-    const uint32_t key = order_key(fmaxf(own_sample(row), LOWEST));
+    uint4 sample[SAMPLED];
+    read_sample(row, sample);
+    const uint32_t key = order_key(fmaxf(highest_of<Row>(sample), LOWEST));
     uint32_t cut = 0;
     for (uint32_t bit = 1u << 31; bit >= 1u << 12; bit /= 2)  // the lower bits are not worth their barriers
         if (__syncthreads_count(key >= (cut | bit)) >= many) cut |= bit;
@@ -426,13 +442,54 @@ __device__ __forceinline__ bool begin_list(const Row& row, Shared& shared, int c
     return true;
 }
 
-// What the first pass does besides: fill shared.bins, list the logits from shared.cut on, or copy the row.
-enum class First { NOTHING, COUNT, LIST, COPY };
+// ---- What the first pass does besides ----
 
-// Where a row is copied as fp32; `blank` writes −∞ instead.
-struct Copy {
-    float* values = nullptr;
-    bool blank = false;
+struct Nothing {
+    template <class Row>
+    __device__ __forceinline__ void operator()(const Row&, const Batch<Row>&, float) const {}
+};
+
+// Fill shared.bins.
+struct Counting {
+    Bins bins;
+    uint32_t address;
+
+    __device__ __forceinline__ explicit Counting(Shared& shared)
+        : bins(shared.histogram), address(shared_address(shared.bins)) {}
+
+    template <class Row>
+    __device__ __forceinline__ void operator()(const Row&, const Batch<Row>& batch, float) const {
+#pragma unroll
+        for (int i = 0; i < batch.VECTORS; ++i) {
+#pragma unroll
+            for (int j = 0; j < Row::WIDTH; ++j) bins.count(batch.x[i][j], address);
+        }
+    }
+};
+
+// List the logits from shared.cut on.
+struct Listing {
+    Shared& shared;
+    float cut;
+
+    __device__ __forceinline__ explicit Listing(Shared& shared) : shared(shared), cut(shared.cut) {}
+
+    template <class Row>
+    __device__ __forceinline__ void operator()(const Row&, const Batch<Row>& batch, float highest) const {
+        if (highest < cut) return;
+#pragma unroll
+        for (int i = 0; i < batch.VECTORS; ++i) {
+#pragma unroll
+            for (int j = 0; j < Row::WIDTH; ++j)
+                if (batch.x[i][j] >= cut) push(shared, batch.x[i][j], batch.id + i * batch.STRIDE + j);
+        }
+    }
+};
+
+// Copy the row as fp32; `blank` writes −∞ instead.
+struct Copying {
+    float* values;
+    bool blank;
 
     template <class Row>
     __device__ __forceinline__ void store(const Row& row, int id, const float (&x)[Row::WIDTH]) const {
@@ -442,6 +499,12 @@ struct Copy {
             *reinterpret_cast<float4*>(values + id + j) =
                 blank ? float4{-INFINITE, -INFINITE, -INFINITE, -INFINITE} : float4{x[j], x[j + 1], x[j + 2], x[j + 3]};
     }
+
+    template <class Row>
+    __device__ __forceinline__ void operator()(const Row& row, const Batch<Row>& batch, float) const {
+#pragma unroll
+        for (int i = 0; i < batch.VECTORS; ++i) store(row, batch.id + i * batch.STRIDE, batch.x[i]);
+    }
 };
 
 // Whether the first pass has listed the `count` highest logits, all of them.
@@ -449,17 +512,13 @@ __device__ __forceinline__ bool list_suffices(const Shared& shared, int count) {
     return count <= shared.list_length && shared.list_length <= LIST;
 }
 
-// One pass over the row: the stats of what this thread has of it.
-template <First FIRST, class Row>
-__device__ __forceinline__ Stats own_stats(
-    const Row& row, Shared& shared, Stream& stream, const Source& then, const Copy& copy = {}) {
-    const Bins bins = FIRST == First::COUNT ? shared.histogram : Bins();
-    const float cut = FIRST == First::LIST ? shared.cut : INFINITE;
+// One pass over the row: the stats of what this thread has of it. `besides(row, batch, its
+// highest logit)` does the rest.
+template <class Row, class Besides>
+__device__ __forceinline__ Stats own_stats(const Row& row, Stream& stream, const Source& then, const Besides& besides) {
     Stats own;
     float scaled = scale_logit(own.top);
-    const uint32_t bins_address = shared_address(shared.bins);
     stream.batches(row, then, [&](const Batch<Row>& batch) {
-        const auto& x = batch.x;
         float highest = batch.highest[0];
         int where = batch.id;
 #pragma unroll
@@ -473,31 +532,13 @@ __device__ __forceinline__ Stats own_stats(
 #pragma unroll
         for (int i = 0; i < batch.VECTORS; ++i) {
 #pragma unroll
-            for (int j = 0; j < Row::WIDTH; ++j) part += scaled_exp(x[i][j], next);
+            for (int j = 0; j < Row::WIDTH; ++j) part += scaled_exp(batch.x[i][j], next);
         }
         own.sum = fmaf(own.sum, exp2_approximate(scaled - next), part);
         own.where = highest > own.top ? where : own.where;
         own.top = top;
         scaled = next;
-        if constexpr (FIRST == First::COUNT) {
-#pragma unroll
-            for (int i = 0; i < batch.VECTORS; ++i) {
-#pragma unroll
-                for (int j = 0; j < Row::WIDTH; ++j) bins.count(x[i][j], bins_address);
-            }
-        }
-        if constexpr (FIRST == First::COPY) {
-#pragma unroll
-            for (int i = 0; i < batch.VECTORS; ++i) copy.store(row, batch.id + i * batch.STRIDE, x[i]);
-        }
-        if (FIRST == First::LIST && highest >= cut) {
-#pragma unroll
-            for (int i = 0; i < batch.VECTORS; ++i) {
-#pragma unroll
-                for (int j = 0; j < Row::WIDTH; ++j)
-                    if (x[i][j] >= cut) push(shared, x[i][j], batch.id + i * batch.STRIDE + j);
-            }
-        }
+        besides(row, batch, highest);
     });
     return own;
 }

@@ -38,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) prompt_logprobs(
         const int wanted = logprobs[i];
         stream.prepare(source_of(row));
         const bool lists = wanted > 0 && begin_list(row, shared, wanted);
-        const Stats own = lists ? own_stats<First::LIST>(row, shared, stream, then)
-                                : own_stats<First::NOTHING>(row, shared, stream, source_of(row));
+        const Stats own = lists ? own_stats(row, stream, then, Listing(shared))
+                                : own_stats(row, stream, source_of(row), Nothing{});
         keep_stats(shared, join_stats(row, shared, stream, own));
         if (wanted > 0) {
             if (lists && list_suffices(shared, min(wanted, vocab_size)))

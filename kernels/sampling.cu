@@ -128,23 +128,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
         auto again = [&] { return source_of(row); };
         auto last = [&] { return either(drawn && wanted >= 0, again(), source_at(next)); };
 
-        // The first pass lists the highest logits where a known number of them will do, and counts where it is not known.
-        const int listed = min(max(wanted, few && !edited ? choice.top_k : 0), vocab_size);
-        const bool counts = share && !few && !edited, plain = !drawn && !edited && wanted <= 0;
-        const bool lists = !counts && listed > 0 && begin_list(row, shared, listed);
-        const Copy copy{scratch + static_cast<int64_t>(blockIdx.x) * scratch_stride, own.allowed[1] > own.allowed[0]};
+        // A pass over what is drawn from, raw or edited, that prepares for the drawing as well as it can. (Inlined: a call would
+        // keep in memory what is captured.)
         Left left = Left::NOTHING;
+        auto first_pass = [&](const auto& of) __attribute__((always_inline)) {
+            const Source same = source_of(of);
+            stream.prepare(same);
+            const bool may_draw = may_draw_first(choice, vocab_size) && (wanted <= 0 || edited);
+            if (may_draw || few || share) {
+                uint4 sample[SAMPLED];
+                read_sample(of, sample);
+                const float highest = highest_of_sample(of, sample, shared);
+                const Drawing drawing(shared, choice);
+                if (may_draw && drawing.begin(of, sample, highest)) {
+                    left = Left::CANDIDATES;
+                    return own_stats(of, stream, either(share, same, last()), drawing);
+                }
+                left = Left::HISTOGRAM;
+                begin_histogram(shared, highest, choice.temperature);
+                return own_stats(of, stream, same, Counting(shared));
+            }
+            left = Left::NOTHING;
+            return own_stats(of, stream, either(drawn || (wanted > 0 && !edited), same, last()), Nothing{});
+        };
+
+        // The raw row is listed from where a known number of its highest logits will do, and copied if it is to be edited.
+        const int listed = min(max(wanted, few && !edited ? choice.top_k : 0), vocab_size);
+        const bool plain = !drawn && !edited && wanted <= 0;
+        const bool lists = listed > 0 && (few || !share || edited) && begin_list(row, shared, listed);
+        const Copying copying{scratch + static_cast<int64_t>(blockIdx.x) * scratch_stride, own.allowed[1] > own.allowed[0]};
         Stats part;
         if (lists) {
-            part = own_stats<First::LIST>(row, shared, stream, either(!edited && (!drawn || few), last(), again()));
+            part = own_stats(row, stream, either(!edited && (!drawn || few), last(), again()), Listing(shared));
         } else if (edited) {
-            part = own_stats<First::COPY>(row, shared, stream, Source{}, copy);
-        } else if (counts || few) {
-            begin_histogram(row, shared, choice.temperature);
-            part = own_stats<First::COUNT>(row, shared, stream, again());
-            left = Left::HISTOGRAM;
+            part = own_stats(row, stream, Source{}, copying);
         } else {
-            part = own_stats<First::NOTHING>(row, shared, stream, either(plain, last(), again()));
+            part = first_pass(row);
         }
         const Stats raw = join_stats(row, shared, stream, part);
         if (threadIdx.x == 0) next_rows[parity ^ 1] = after_next;
@@ -168,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
             report_top(shared, vocab_size, wanted, report);
         }
 
-        auto choose = [&](const auto& of, const Stats& stats, Left of_first) {
+        auto choose = [&](const auto& of, const Stats& stats, Left of_first) __attribute__((always_inline)) {
             if (!stats.sound()) return -1;
             return drawn ? draw_token(of, shared, stream, choice, stats, of_first, last) : first_highest(of, stats);
         };
@@ -180,24 +199,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
                 tokens + static_cast<int64_t>(own.slot) * tokens_stride, position, prompt_lens[i],
                 own.presence, own.frequency, own.repetition};
             if (lists)
-                stream.sweep(row, [&](int id, const float (&x)[LogitsRow::WIDTH]) { copy.store(row, id, x); });
-            return edit_row(row, copy.values, edits, shared);
-        };
-        auto stats_of_edited = [&](const Fp32Row& of) {
-            stream.prepare(source_of(of));
-            const Source then = either(drawn, source_of(of), last());
-            left = few || share ? Left::HISTOGRAM : Left::NOTHING;
-            if (left == Left::HISTOGRAM) begin_histogram(of, shared, choice.temperature);
-            const Stats own = left == Left::HISTOGRAM ? own_stats<First::COUNT>(of, shared, stream, then)
-                                                      : own_stats<First::NOTHING>(of, shared, stream, then);
-            return join_stats(of, shared, stream, own);
+                stream.sweep(row, [&](int id, const float (&x)[LogitsRow::WIDTH]) { copying.store(row, id, x); });
+            return edit_row(row, copying.values, edits, shared);
         };
         int token;
         const bool usable = shared.stats.sound();
 #if BF16
         if (edited && usable) {
             const Fp32Row changed = edit();
-            const Stats stats = stats_of_edited(changed);
+            const Stats stats = join_stats(changed, shared, stream, first_pass(changed));
             token = choose(changed, stats, left);
         } else {
             token = choose(row, shared.stats, left);
@@ -207,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
         Stats stats = shared.stats;
         if (edited && usable) {
             chosen_from = edit();
-            stats = stats_of_edited(chosen_from);
+            stats = join_stats(chosen_from, shared, stream, first_pass(chosen_from));
         }
         token = choose(chosen_from, stats, left);
 #endif

@@ -22,7 +22,8 @@ def page_bytes(config: ModelConfig, page_size: int) -> int:
 class KvPages:
     """[layers, num_pages] pages on the device, zeroed, and [layers, num_host_pages] in pinned host memory.
 
-    Pinning gigabytes takes most of a second, so it is done on the side; the first step that swaps waits for it.
+    Pinning gigabytes takes most of a second, so it is done on the side, and in pieces, lest steps wait for the driver
+    meanwhile; the first step that swaps waits for it.
 
     Args:
         device: whose memory it is.
@@ -46,7 +47,7 @@ class KvPages:
         def pin() -> None:
             try:
                 device.use()
-                self._host.set_result(PinnedMemory(num_bytes))
+                self._host.set_result(PinnedMemory(num_bytes, in_pieces=True))
             except Exception as error:
                 self._host.set_exception(error)
 

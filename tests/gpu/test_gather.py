@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nf.kernels import copies, gather
+from nf.kernels import copies, device, gather
+from nf.kernels.device import PinnedMemory
 from nf.kernels.load import KernelLoader
 from nf.kernels.registry import artifacts
 
@@ -69,17 +70,19 @@ def test_page_copies(page_bytes: int, count: int) -> None:
     assert torch.equal(cache, expected)
 
 
-def test_pages_swap_to_pinned_memory_and_back() -> None:
-    layers, pages, page_bytes = 2, 8, 4096
+def test_pages_swap_to_pinned_memory_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also across the pieces that it is locked in."""
+    monkeypatch.setattr(device, "_PIECE_BYTES", 8192)
+    layers, pages, page_bytes = 2, 8, 6144
     cache = torch.randint(0, 256, (layers, pages, page_bytes), device="cuda", dtype=torch.uint8)
-    host = torch.zeros(layers, 5, page_bytes, dtype=torch.uint8).pin_memory()
+    host = PinnedMemory(layers * 5 * page_bytes, in_pieces=True)
     copy = copies.PageCopy(KernelLoader(artifacts(copies.sources(), "sm_90a")), layers=layers, page_bytes=page_bytes)
-    device, away = (cache.data_ptr(), pages * page_bytes), (host.data_ptr(), 5 * page_bytes)
+    here, away = (cache.data_ptr(), pages * page_bytes), (host.pointer, 5 * page_bytes)
     expected = cache.clone()
     expected[:, [6, 0]] = cache[:, [2, 7]]
     for pairs, (source, source_stride), (target, target_stride) in (
-        ([[2, 4], [7, 1]], device, away),
-        ([[4, 6], [1, 0]], away, device),
+        ([[2, 4], [7, 1]], here, away),
+        ([[4, 6], [1, 0]], away, here),
     ):
         listed, number = int32(pairs), int32([2])
         copy(
@@ -87,6 +90,9 @@ def test_pages_swap_to_pinned_memory_and_back() -> None:
             source_stride=source_stride, destination_stride=target_stride, sms=1, stream=stream(),
         )  # fmt: skip
     assert torch.equal(cache, expected)
+    swapped = host.array.reshape(layers, 5, page_bytes)[:, [4, 1]]
+    assert (swapped == expected[:, [2, 7]].cpu().numpy()).all()
+    host.free()
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])

@@ -103,6 +103,51 @@ def test_page_locked_memory(driver: Driver, num_bytes: int) -> None:
     assert driver.calls == ["cuMemHostRegister", "cuMemHostUnregister"]
 
 
+class Locks:
+    """Of a driver that locks at most so many bytes at a time, and so many pieces."""
+
+    def __init__(self, most_bytes: int, most_pieces: int) -> None:
+        self.held: dict[int, int] = {}
+        self._most_bytes, self._most_pieces = most_bytes, most_pieces
+
+    def lock(self, pointer: int, num_bytes: int, flags: int) -> tuple[Result]:
+        assert pointer not in self.held
+        assert flags == 2  # CU_MEMHOSTREGISTER_DEVICEMAP
+        if num_bytes > self._most_bytes or len(self.held) == self._most_pieces:
+            return (Result.CUDA_ERROR_OUT_OF_MEMORY,)
+        self.held[pointer] = num_bytes
+        return (Result.CUDA_SUCCESS,)
+
+    def unlock(self, pointer: int) -> tuple[Result]:
+        del self.held[pointer]
+        return (Result.CUDA_SUCCESS,)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 4096, 3 * 4096, 3 * 4096 + 7])
+def test_memory_locked_in_pieces(driver: Driver, monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr(device, "_PIECE_BYTES", 4096)
+    locks = Locks(4096, 4)
+    driver.cuMemHostRegister, driver.cuMemHostUnregister = locks.lock, locks.unlock
+    memory = PinnedMemory(num_bytes, in_pieces=True)
+    assert not memory.array.any()
+    assert sum(locks.held.values()) == num_bytes
+    end = memory.pointer
+    for start, length in sorted(locks.held.items()):  # one after the other
+        assert start == end
+        end = start + length
+    memory.free()
+    assert not locks.held
+
+
+def test_when_a_piece_cannot_be_locked_none_stays_locked(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_PIECE_BYTES", 4096)
+    locks = Locks(4096, 2)
+    driver.cuMemHostRegister, driver.cuMemHostUnregister = locks.lock, locks.unlock
+    with pytest.raises(CudaError, match=r"cannot be locked for the GPU: CUDA_ERROR_OUT_OF_MEMORY$"):
+        PinnedMemory(3 * 4096, in_pieces=True)
+    assert not locks.held
+
+
 def test_ram_that_cannot_be_locked_or_had(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver.answers["cuMemHostRegister"] = (Result.CUDA_ERROR_OUT_OF_MEMORY,)
     with pytest.raises(CudaError, match=r"^0\.25 GiB of RAM cannot be locked for the GPU: CUDA_ERROR_OUT_OF_MEMORY$"):
