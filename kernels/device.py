@@ -183,7 +183,8 @@ class PinnedMemory:
             piece = self.pointer + start
             (status,) = driver.cuMemHostRegister(piece, min(step, num_bytes - start), _FOR_KERNELS)
             if int(status):
-                self.free()
+                for locked in self._locked:
+                    driver.cuMemHostUnregister(locked)  # whatever it says: there is an error to tell already
                 raise CudaError(f"{self.num_bytes / 2**30:.2f} GiB of RAM cannot be locked for the GPU: {status.name}")
             self._locked.append(piece)
 
@@ -192,7 +193,8 @@ class PinnedMemory:
         from cuda.bindings import driver
 
         while self._locked:
-            checked(driver.cuMemHostUnregister(self._locked.pop()))
+            checked(driver.cuMemHostUnregister(self._locked[-1]))
+            self._locked.pop()
         self.pointer = 0
         self.array = np.empty(0, np.uint8)  # the last view gives the pages back
 

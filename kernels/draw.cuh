@@ -8,7 +8,7 @@
 // exp(−r), so the bar begins at log(W / r); should the winner miss that, all is done again.
 //
 // With no filter, a row is drawn from in its first pass, before its maximum is known: what passes is listed, and scored
-// exactly in the end. The same with top-p where most tokens have some weight, as far as a sample tells (where few have, the
+// exactly in the end. The same with a high top-p where most tokens have some weight, as far as a sample tells (elsewhere the
 // way of select.cuh is the faster one). Top-p keeps the tokens down to an unknown logit; so that the winner among them is
 // listed wherever that is, only tokens above a bound, which is guessed to be higher, raise the bar. The winner of all is the
 // winner of those kept if it is one of them; if not, the winner of those before it may be, and so on: a second pass sums what
@@ -69,7 +69,7 @@ template <class Row>
 constexpr int GROUP = 8 / Row::WIDTH;  // vectors whose noise is worked out together
 
 // Which of the eight tokens of a group, whose first vector is `first`, may beat the bar: a bit each. `chance(logit, vector)`
-// is p·exp(−b), and `bound` the greatest.
+// is p·exp(−b), and `bound` the greatest. Beyond the row's end the batch has −∞, which even a chance of 0 might let pass.
 template <class Row, class Chance>
 __device__ __forceinline__ uint32_t find_hits(
     const Batch<Row>& batch, int first, const Philox& noise, float bound, Chance chance) {
@@ -84,7 +84,7 @@ __device__ __forceinline__ uint32_t find_hits(
     for (int j = 0; j < 8; ++j) {
         const int vector = j / Row::WIDTH;
         const float value = opaque(batch.x[first + vector][j % Row::WIDTH]);  // rare: not to be kept till here
-        if (two_minus_uniform(words[j]) <= chance(value, vector) + NEAR_ONE) hits |= 1u << j;
+        if (value > LOWEST && two_minus_uniform(words[j]) <= chance(value, vector) + NEAR_ONE) hits |= 1u << j;
     }
     return hits;
 }
@@ -258,7 +258,8 @@ __device__ __forceinline__ Kept cut_list(
 
 // ---- Drawing in the first pass ----
 
-// Bars as log₂ of the scores that logits give as they are, not less the highest. What rounding may do to one.
+// These bars are in units of log₂ — logit · factor + noise · log₂ e — and of logits as they are, not less the highest.
+// What rounding may do to one.
 __device__ __forceinline__ float bar_slack(float bar) { return 2e-4f + 4e-7f * fabsf(bar); }
 
 // A sum of weights and of weighted logits.
@@ -272,8 +273,8 @@ __device__ __forceinline__ Moments operator+(const Moments& a, const Moments& b)
 
 // Lists what may have the highest score of all tokens or, with top-p, of all down to some logit.
 struct Drawing {
-    static constexpr float FURTHEST = 1e5f;     // of logits over temperature: beyond, the slack would let too much pass
-    static constexpr float CAREFUL = 0.125f;    // a token apart may be the sample's: so much of what it tells of the row
+    static constexpr float FURTHEST = 1e5f;     // of logit · factor: beyond, the slack would let too much pass
+    static constexpr float CAREFUL = 0.125f;    // trust in what a sample without its highest says of the row's weight
     static constexpr float MOST = 1.0f / 1024;  // mean weight from which most tokens have some, the sample's highest being 1
     Shared& shared;
     const Choice& choice;
@@ -333,7 +334,7 @@ struct Drawing {
 struct Winner {
     int id;  // NONE: there is none
     float logit;
-    bool passed;  // the first bar; what had a higher score would be listed as well
+    bool passed;  // the first bar: what has a higher score was not kept off the list by that
 };
 
 // The best of those listed that come before `than`.
@@ -415,7 +416,7 @@ __device__ __forceinline__ bool may_draw_first(const Choice& choice, int vocab_s
     return choice.temperature > 0 && !few && choice.min_p <= 0 && choice.top_p >= LEAST_SHARE;
 }
 
-// The token of a row with these stats. The histogram may be overwritten; the list has at least top_k entries. `then()` is
+// The token of a row with these stats. The histogram may be overwritten; Left::LIST has at least top_k entries. `then()` is
 // what is read next.
 template <class Row, class Then>
 __device__ __forceinline__ int draw_token(
@@ -430,6 +431,7 @@ __device__ __forceinline__ int draw_token(
         if (share) {
             begin_histogram(shared, top, choice.temperature);
             own_stats(row, stream, source_of(row), Counting(shared));
+            __syncthreads();
             left = Left::HISTOGRAM;
         }
     }

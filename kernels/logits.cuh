@@ -87,8 +87,8 @@ struct alignas(128) Shared {
     Crossing crossings[2];
     float top_values[MAX_TOP];
     int list_length;
-    uint32_t bar;  // see draw.cuh, as are the others
-    float first_bar, bound;
+    uint32_t bar;            // see draw.cuh
+    float first_bar, bound;  // the same
     float floor;
     int tie;
     float cut;       // logits from here on are listed
@@ -512,8 +512,8 @@ __device__ __forceinline__ bool list_suffices(const Shared& shared, int count) {
     return count <= shared.list_length && shared.list_length <= LIST;
 }
 
-// One pass over the row: the stats of what this thread has of it. `besides(row, batch, its
-// highest logit)` does the rest.
+// One pass over the row: the stats of what this thread has of it. The rest is done by besides(row, batch, the highest logit
+// of the batch).
 template <class Row, class Besides>
 __device__ __forceinline__ Stats own_stats(const Row& row, Stream& stream, const Source& then, const Besides& besides) {
     Stats own;

@@ -47,7 +47,7 @@ __device__ __forceinline__ float gumbel(uint32_t word) {
     return -logf(-logf(u));
 }
 
-// 2 − u + 2⁻²⁴, in [1, 2): as good as 1 − u, and two instructions from the word.
+// 2 − u − 2⁻²⁴, in [1, 2): as good as 1 − u, and two instructions from the word.
 __device__ __forceinline__ float two_minus_uniform(uint32_t word) {
     return __uint_as_float((~word >> 9) | 0x3F800000u);
 }

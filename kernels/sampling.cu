@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
             return own_stats(of, stream, either(drawn || (wanted > 0 && !edited), same, last()), Nothing{});
         };
 
-        // The raw row is listed from where a known number of its highest logits will do, and copied if it is to be edited.
+        // Where a known number of the highest raw logits will do, the first pass lists these; a row to be edited it copies.
         const int listed = min(max(wanted, few && !edited ? choice.top_k : 0), vocab_size);
         const bool plain = !drawn && !edited && wanted <= 0;
         const bool lists = listed > 0 && (few || !share || edited) && begin_list(row, shared, listed);
