@@ -273,13 +273,6 @@ class Stream {
     uint32_t slot_;  // where the next piece is, and its successor will be; a warp has every WARPS-th. ODD in odd phases
     const void* begun_ = nullptr;
 
-    // The index, read again: what follows from it is not kept in registers from pass to pass.
-    __device__ __forceinline__ static int thread_index_anew() {
-        int index;
-        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-        return index;
-    }
-
     // What this warp copies next.
     struct Ahead {
         const char* from;

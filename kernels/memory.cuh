@@ -41,6 +41,13 @@ __device__ __forceinline__ float opaque(float x) {
     return x;
 }
 
+// The index, read again: what follows from it is not kept in registers from one use to the next.
+__device__ __forceinline__ int thread_index_anew() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 // The higher ones of two pairs.
 __device__ __forceinline__ uint32_t max_bf16(uint32_t a, uint32_t b) {
     uint32_t highest;

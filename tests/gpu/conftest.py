@@ -37,8 +37,10 @@ SANITIZED = {
     "test_norm": ("test_sizes", "test_ranges"),
     "test_prefill_attention": ("test_ragged_chunks", "test_without_prefill_rows_nothing_is_written"),
     "test_rope_append": ("test_configurations", "test_ranges", "test_no_tokens"),
-    "test_sampling": ("test_edits", "test_only_the_rows_there_are", "test_prompt_logprobs"),
-    "test_sampling_first_pass": ("test_rows_of_every_kind_one_after_the_other",),
+    "test_sampling": (
+        "test_edits", "test_rows_of_every_kind_one_after_the_other", "test_only_the_rows_there_are",
+        "test_prompt_logprobs",
+    ),
     "test_stream": ("test_copy", "test_read_ends"),
 }  # fmt: skip
 """Tests that ``make sanitize`` runs, some of every kernel's and of the whole executor's, by file."""

@@ -1,145 +1,116 @@
-"""Sampling on the device against float64: the token that is chosen must be kept by the filters and win the draw."""
+"""The sampling kernels on the GPU."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import numpy as np
 import pytest
-from sampling_runs import (
-    INF,
-    LENGTH,
-    NAN,
-    Launch,
-    Result,
-    batch,
-    check,
-    check_logprobs,
-    device,
-    outputs,
-    padded,
-    run,
-    seen,
-    shaped,
-)
+from sampling_cases import LENGTH, PromptRows, Result, batch, padded, poisoned
+from sampling_first_pass_tests import FirstPassTests
+from sampling_tests import PromptLogprobsTests, SamplingTests
 
 from nf.kernels import sampling
 from nf.kernels.load import KernelLoader
 from nf.kernels.registry import artifacts
+from nf.scheduler.batch import SamplingBatch
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
-@pytest.mark.parametrize("kind", ["normal", "peaked", "sorted", "ties", "zipf"])
-@pytest.mark.parametrize("vocab_size", [1, 5, 1000, 32001, 128256])
-def test_mixtures(dtype: str, kind: str, vocab_size: int) -> None:
-    rng = np.random.default_rng(vocab_size)
-    count = 24
-    positions = rng.integers(3, LENGTH, count)
-    rows = batch(
-        count,
-        positions=positions,
-        prompt_lens=positions // 2,
-        temperature=rng.choice([0, 0.05, 0.7, 1, 1, 2], count),
-        top_k=rng.choice([0, 0, 1, 20, 50, 1500, 5000, vocab_size], count),
-        top_p=rng.choice([1, 0.95, 0.9, 0.5, 0.999, 0.01], count),
-        min_p=rng.choice([0, 0, 0, 0.02, 0.5], count),
-        sample_index=rng.integers(0, 9, count),
-        seeds=rng.integers(0, 2**64, count, dtype=np.uint64),
-        logprobs=rng.choice([-1, 0, 1, 5, 20], count),
-    )
-    check(shaped(rng, kind, count, vocab_size), rows, dtype)
+def device(values: Any) -> Any:
+    """On the device; never empty, so that the pointer is one."""
+    if not len(values):
+        values = np.zeros(1, values.dtype)
+    words = {2: np.int16, 8: np.int64}.get(values.dtype.itemsize)  # what torch does not know, or has another name for
+    return torch.from_numpy(values if words is None else values.view(words)).cuda()
 
 
-@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
-@pytest.mark.parametrize(("vocab_size", "length"), [(50, LENGTH), (20000, 8 * LENGTH), (128256, LENGTH)])
-def test_edits(dtype: str, vocab_size: int, length: int) -> None:
-    rng = np.random.default_rng(vocab_size + 1)
-    count = 30
-    positions = rng.integers(3, length, count)
-    tokens = rng.integers(0, vocab_size, (count, length)).astype(np.int32)
-    tokens[:, ::2] %= 7  # some tokens occur often
-    ids = [rng.permutation(vocab_size)[:8].tolist() for _ in range(count)]
-    words = [[[*tokens[i, p - k : p].tolist(), ids[i][k]] for k in (0, 1, 3)] for i, p in enumerate(positions)]
-    rows = batch(
-        count,
-        positions=positions,
-        prompt_lens=positions // 3,
-        temperature=rng.choice([0, 1, 1.5], count),
-        top_k=rng.choice([0, 40], count),
-        top_p=rng.choice([1, 0.9], count),
-        presence_penalty=rng.choice([0, 0, 1.5, -2], count),
-        frequency_penalty=rng.choice([0, 0, 0.5], count),
-        repetition_penalty=rng.choice([1, 1, 1.3, 0.6], count),
-        logprobs=rng.choice([-1, 0, 3], count),
-        bias=[
-            dict(zip(own, (-INF, 100, 3, -2, -1, 0, 1, 2), strict=True)) if i % 3 == 0 else {}
-            for i, own in enumerate(ids)
-        ],
-        allowed=[own[2:] if i % 4 == 1 else [] for i, own in enumerate(ids)],
-        words=[own if i % 5 < 2 else [] for i, own in enumerate(words)],
-    )
-    check(shaped(rng, "normal", count, vocab_size), rows, dtype, tokens=tokens, sms=3)
+class Launch:
+    """A launch on poisoned outputs; ``num_samples`` is the device's count of rows."""
+
+    def __init__(self, logits: Any, rows: SamplingBatch, tokens: Any, dtype: str, sms: int) -> None:
+        self.wide, self.tokens = device(padded(logits, dtype)), device(tokens)
+        total, vocab_size = logits.shape
+        self.capacity = total
+        self.kernel = sampling.Sampler(
+            KernelLoader(artifacts(sampling.sources(), "sm_90a")),
+            dtype,
+            vocab_size=vocab_size,
+            tokens_stride=tokens.shape[1],
+            sms=sms,
+        )
+        self.num_samples = device(np.array([total], np.int32))
+        names = [field.name for field in fields(SamplingBatch) if field.name != "rows"]
+        self.arrays = {name: device(getattr(rows, name)) for name in names} | {"num_samples": self.num_samples}
+        self.workspace = torch.full((self.kernel.workspace_bytes,), 0xFF, device="cuda", dtype=torch.uint8)
+        self.workspace[:256] = 0
+        self.chosen = device(np.full(total, -7, np.int32))
+        self.out = [device(array) for array in poisoned(total)]
+
+    def __call__(self) -> None:
+        self.kernel(
+            logits=self.wide.data_ptr(), stride=self.wide.shape[1], tokens=self.tokens.data_ptr(),
+            arrays=sampling.SamplingArrays(**{name: array.data_ptr() for name, array in self.arrays.items()}),
+            token_ids=self.chosen.data_ptr(), workspace=self.workspace.data_ptr(),
+            logprobs=sampling.LogprobArrays(*(array.data_ptr() for array in self.out)),
+            capacity=self.capacity, stream=torch.cuda.current_stream().cuda_stream, pdl=True,
+        )  # fmt: skip
+
+    def result(self) -> Result:
+        assert not self.workspace[:256].any()
+        return Result(*(array.cpu().numpy() for array in (self.chosen, *self.out, self.tokens)))
 
 
-@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_without_a_choice(dtype: str, temperature: float) -> None:
-    logits = np.random.default_rng(1).standard_normal((8, 5000)).astype(np.float32)
-    logits[1, 4000], logits[3, 17], logits[5], logits[7, 3] = NAN, INF, -INF, -INF
-    allowed = [[]] * 6 + [[9], []]
-    words = [[]] * 6 + [[[9]], []]
-    rows = batch(8, temperature=temperature, top_p=0.9, allowed=allowed, words=words, logprobs=[5] * 7 + [-1])
-    found = check(logits, rows, dtype)
-    assert (found.token_ids[[1, 3, 5, 6]] == -1).all()
-    assert (found.token_ids[[0, 2, 4, 7]] >= 0).all()
+class OnGpu:
+    def run(self, logits: Any, rows: SamplingBatch, tokens: Any, dtype: str, *, sms: int = 132) -> Result:
+        launch = Launch(logits, rows, tokens, dtype, sms)
+        launch()
+        launch()  # finds the counters as the first one did
+        return launch.result()
 
 
-@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
-@pytest.mark.parametrize("vocab_size", [4096, 40000])
-def test_rows_of_nan(dtype: str, vocab_size: int) -> None:
-    """All of a row counts as −∞: more ties than the list of candidates holds, and the lowest ids are listed."""
-    logits = np.random.default_rng(4).standard_normal((6, vocab_size)).astype(np.float32)
-    logits[:4] = NAN
-    rows = batch(6, temperature=[0, 1, 0, 1, 0, 1], top_p=[1, 0.9, 1, 1, 1, 1], logprobs=[5, 5, 0, -1, 5, 5])
-    found = check(logits, rows, dtype)
-    assert (found.token_ids[:4] == -1).all()
-    assert (found.token_ids[4:] >= 0).all()
-    assert (found.top_ids[:2, :5] == np.arange(5)).all()
+class TestSampling(OnGpu, SamplingTests):
+    @pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
+    @pytest.mark.parametrize("kind", ["normal", "peaked", "sorted", "ties", "zipf"])
+    @pytest.mark.parametrize("vocab_size", [32001, 128256])
+    def test_large_vocabularies(self, dtype: str, kind: str, vocab_size: int) -> None:
+        self.test_mixtures(dtype, kind, vocab_size)
+
+    @pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
+    @pytest.mark.parametrize(("vocab_size", "length"), [(20000, 8 * LENGTH), (128256, LENGTH)])
+    def test_edits_of_large_vocabularies(self, dtype: str, vocab_size: int, length: int) -> None:
+        self.test_edits(dtype, vocab_size, length)
+
+    def test_frequencies_follow_the_softmax(self) -> None:
+        logits = np.sort(np.random.default_rng(3).normal(0, 1.5, 40))[::-1].astype(np.float32)
+        count = 20000
+        rows = batch(count, temperature=0.8, top_k=30, slots=0, positions=np.arange(count), prompt_lens=count)
+        found = self.run(np.tile(logits, (count, 1)), rows, np.zeros((1, count), np.int32), "fp32").token_ids
+        p = np.exp(logits[:30].astype(np.float64) / 0.8)
+        expected = count * p / p.sum()
+        statistic = ((np.bincount(found, minlength=30) - expected) ** 2 / expected).sum()
+        assert abs(statistic - 29) < 5 * np.sqrt(2 * 29)
 
 
-@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
-@pytest.mark.parametrize("vocab_size", [5000, 40000])
-def test_fewer_numbers_than_asked_for(dtype: str, vocab_size: int) -> None:
-    """Top-k and log-probabilities reach beyond what is finite, to ties at −∞; odd rows have NaN in between."""
-    rng, count = np.random.default_rng(vocab_size), 16
-    logits = np.full((count, vocab_size), -INF, np.float32)
-    logits[1::4, ::3] = NAN
-    logits[3::4, :2600] = NAN  # more than the list of candidates holds
-    for row in logits:
-        row[rng.permutation(vocab_size)[:7]] = rng.normal(0, 3, 7)
-    rows = batch(
-        count,
-        temperature=[0, 0, 1, 1] * 4,
-        top_k=[8, 8, 8, 8, 50, 50, 50, 50, 3000, 3000, 3000, 3000, 0, 0, 0, 0],
-        top_p=[1, 1, 1, 1, 0.7, 0.7, 0.7, 0.7] * 2,
-        logprobs=[20, 20, 20, 20, 3, 3, 9, 9, 0, 0, 0, 0, 12, 12, 12, 12],
-    )
-    found = check(logits, rows, dtype)
-    assert (found.token_ids[1::2] == -1).all()
-    assert (found.token_ids[::2] >= 0).all()
+class TestFirstPass(OnGpu, FirstPassTests):
+    pass
 
 
-@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
-def test_equal_logits_everywhere(dtype: str) -> None:
-    """More ties than the list of candidates holds: the lowest ids are kept."""
-    logits = np.full((6, 50000), 1.5, np.float32)
-    logits[:, 3] = -INF
-    rows = batch(
-        6, temperature=[0, 1, 1, 1, 1, 1], top_k=[0, 1, 10, 5000, 5000, 0], top_p=[1, 1, 1, 1, 0.5, 0.25], logprobs=20
-    )
-    found = check(logits, rows, dtype)
-    assert (found.token_ids <= [0, 0, 10, 5000, 2500, 12500]).all()
+class TestPromptLogprobs(PromptLogprobsTests):
+    def run_prompt(self, logits: Any, dtype: str, rows: PromptRows, *, sms: int) -> Result:
+        wide, out = device(padded(logits, dtype)), [device(array) for array in poisoned(len(rows.targets))]
+        count, targets, wanted = (device(array) for array in (rows.count, rows.targets, rows.wanted))
+        loader, vocab_size = KernelLoader(artifacts(sampling.sources(), "sm_90a")), logits.shape[1]
+        sampling.PromptLogprobs(loader, dtype, vocab_size=vocab_size)(
+            logits=wide.data_ptr(), stride=wide.shape[1], count=count.data_ptr(), start=rows.start, stop=rows.stop,
+            targets=targets.data_ptr(), wanted=wanted.data_ptr(), sms=sms,
+            stream=torch.cuda.current_stream().cuda_stream,
+            logprobs=sampling.LogprobArrays(*(array.data_ptr() for array in out)),
+        )  # fmt: skip
+        return Result(None, *(array.cpu().numpy() for array in out), None)
 
 
 @pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
@@ -162,37 +133,3 @@ def test_only_the_rows_there_are(dtype: str) -> None:
         assert (found.token_ids[:count] >= 0).all()
         assert (found.tokens[count:] == -3).all()
         assert (found.ranks[count:] == -7).all()
-
-
-def test_frequencies_follow_the_softmax() -> None:
-    logits = np.sort(np.random.default_rng(3).normal(0, 1.5, 40))[::-1].astype(np.float32)
-    count = 20000
-    rows = batch(count, temperature=0.8, top_k=30, slots=0, positions=np.arange(count), prompt_lens=count)
-    found = run(np.tile(logits, (count, 1)), rows, np.zeros((1, count), np.int32), "fp32").token_ids
-    p = np.exp(logits[:30].astype(np.float64) / 0.8)
-    expected = count * p / p.sum()
-    statistic = ((np.bincount(found, minlength=30) - expected) ** 2 / expected).sum()
-    assert abs(statistic - 29) < 5 * np.sqrt(2 * 29)
-
-
-@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
-@pytest.mark.parametrize(("count", "start", "stop"), [(0, 0, 7), (1, 0, 1), (40, 10, 33), (20, 10, 33)])
-def test_prompt_logprobs(dtype: str, count: int, start: int, stop: int) -> None:
-    rng = np.random.default_rng(count)
-    logits = shaped(rng, "peaked", stop - start, 20001)
-    logits[0, 5] = NAN
-    targets, wanted = rng.integers(0, 20001, 50).astype(np.int32), rng.choice([0, 1, 20], 50).astype(np.int32)
-    wide, out = padded(logits, dtype), outputs(50)
-    arrays = [device(array) for array in (np.array([count], np.int32), targets, wanted)]
-    sampling.PromptLogprobs(KernelLoader(artifacts(sampling.sources(), "sm_90a")), dtype, vocab_size=20001)(
-        logits=wide.data_ptr(), stride=wide.shape[1], count=arrays[0].data_ptr(), start=start, stop=stop,
-        targets=arrays[1].data_ptr(), wanted=arrays[2].data_ptr(), sms=4,
-        stream=torch.cuda.current_stream().cuda_stream,
-        logprobs=sampling.LogprobArrays(*(array.data_ptr() for array in out)),
-    )  # fmt: skip
-    found = Result(None, *(array.cpu().numpy() for array in out), None)
-    x = seen(logits, dtype)
-    for i in range(start, min(stop, count)):
-        check_logprobs(x[i - start], int(targets[i]), int(wanted[i]), found, i)
-    assert (found.ranks[min(stop, max(count, start)) :] == -7).all()
-    assert (found.ranks[:start] == -7).all()

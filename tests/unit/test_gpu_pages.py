@@ -79,7 +79,8 @@ def test_without_host_pages_the_rest_works() -> None:
 def test_the_first_swap_waits_for_host_pages_and_other_steps_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
 
-    def late(num_bytes: int) -> Any:
+    def late(num_bytes: int, *, in_pieces: bool) -> Any:
+        assert in_pieces
         assert go_on.wait(5)
         return device_double.Memory(num_bytes)
 
@@ -99,7 +100,7 @@ def test_the_first_swap_waits_for_host_pages_and_other_steps_do_not(monkeypatch:
 
 
 def test_host_pages_that_cannot_be_had_are_told_before_anything_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_num_bytes: int) -> Any:
+    def refuse(_num_bytes: int, **_options: Any) -> Any:
         raise CudaError("4.00 GiB of RAM cannot be had")
 
     monkeypatch.setattr(gpu_pages, "PinnedMemory", refuse)

@@ -1,22 +1,17 @@
-"""Launches of the sampling kernels on rows made here, and checks of every row against float64."""
+"""Rows to sample from, and checks of every row that was sampled against float64."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-import pytest
 
 from nf.executors.cpu_sampling import sample
 from nf.executors.logit_edits import edit_logits
 from nf.executors.philox import noise_of_all
-from nf.kernels import sampling
-from nf.kernels.load import KernelLoader
-from nf.kernels.registry import artifacts
 from nf.scheduler.batch import SamplingBatch
-
-torch = pytest.importorskip("torch")
 
 LENGTH = 600  # of a row of the token buffer
 SCORE = 2e-4  # by how much float32 may prefer another token
@@ -56,6 +51,8 @@ def batch(count: int, **columns: Any) -> SamplingBatch:
 
 @dataclass
 class Result:
+    """What a launch wrote: poisoned (−7, NaN) where it wrote nothing."""
+
     token_ids: Any
     logprobs: Any
     ranks: Any
@@ -64,75 +61,35 @@ class Result:
     tokens: Any
 
 
-def device(values: Any) -> Any:
-    """On the device; never empty, so that the pointer is one."""
-    values = values.view(np.int64) if values.dtype == np.uint64 else values
-    return torch.from_numpy(values if len(values) else np.zeros(1, values.dtype)).cuda()
+@dataclass
+class PromptRows:
+    """Rows [start, stop) of which ``count`` [1] there are, what was written there, and how many log-probabilities of
+    each are wanted."""
+
+    count: Any
+    start: int
+    stop: int
+    targets: Any
+    wanted: Any
 
 
-def outputs(count: int) -> list[Any]:
-    """Poisoned: logprobs, ranks, top_ids, top_logprobs."""
-    return [
-        torch.full((count,), NAN, device="cuda"),
-        torch.full((count,), -7, device="cuda", dtype=torch.int32),
-        torch.full((count, 20), -7, device="cuda", dtype=torch.int32),
-        torch.full((count, 20), NAN, device="cuda"),
-    ]
+def poisoned(count: int) -> list[Any]:
+    """logprobs, ranks, top_ids, top_logprobs before a launch."""
+    shapes = (((count,), NAN), ((count,), -7), ((count, 20), -7), ((count, 20), NAN))
+    return [np.full(shape, value, np.int32 if value == -7 else np.float32) for shape, value in shapes]
 
 
 def padded(logits: Any, dtype: str) -> Any:
-    """On the device, with infinities in what is beyond the vocabulary."""
+    """With infinities in what is beyond the vocabulary; bf16 where the kernel has that."""
     rows, vocab_size = logits.shape
-    wide = torch.full((rows, -(-vocab_size // 8) * 8 + 8), INF, device="cuda")
-    wide[:, :vocab_size] = torch.from_numpy(logits).cuda()
-    return wide.bfloat16() if dtype == "bf16" else wide
-
-
-class Launch:
-    """A launch on poisoned outputs; ``num_samples`` is the device's count of rows."""
-
-    def __init__(self, logits: Any, rows: SamplingBatch, tokens: Any, dtype: str, sms: int) -> None:
-        self.wide, self.tokens = padded(logits, dtype), torch.from_numpy(tokens).cuda()
-        total, vocab_size = logits.shape
-        self.capacity = total
-        self.kernel = sampling.Sampler(
-            KernelLoader(artifacts(sampling.sources(), "sm_90a")),
-            dtype,
-            vocab_size=vocab_size,
-            tokens_stride=tokens.shape[1],
-            sms=sms,
-        )
-        self.num_samples = device(np.array([total], np.int32))
-        names = [field.name for field in fields(SamplingBatch) if field.name != "rows"]
-        self.arrays = {name: device(getattr(rows, name)) for name in names} | {"num_samples": self.num_samples}
-        self.workspace = torch.full((self.kernel.workspace_bytes,), 0xFF, device="cuda", dtype=torch.uint8)
-        self.workspace[:256] = 0
-        self.chosen, self.out = torch.full((total,), -7, device="cuda", dtype=torch.int32), outputs(total)
-
-    def __call__(self) -> None:
-        self.kernel(
-            logits=self.wide.data_ptr(), stride=self.wide.shape[1], tokens=self.tokens.data_ptr(),
-            arrays=sampling.SamplingArrays(**{name: array.data_ptr() for name, array in self.arrays.items()}),
-            token_ids=self.chosen.data_ptr(), workspace=self.workspace.data_ptr(),
-            logprobs=sampling.LogprobArrays(*(array.data_ptr() for array in self.out)),
-            capacity=self.capacity, stream=torch.cuda.current_stream().cuda_stream, pdl=True,
-        )  # fmt: skip
-
-    def result(self) -> Result:
-        assert not self.workspace[:256].any()
-        return Result(*(array.cpu().numpy() for array in (self.chosen, *self.out, self.tokens)))
-
-
-def run(logits: Any, rows: SamplingBatch, tokens: Any, dtype: str, *, sms: int = 132) -> Result:
-    launch = Launch(logits, rows, tokens, dtype, sms)
-    launch()
-    launch()  # finds the counters as the first one did
-    return launch.result()
+    wide = np.full((rows, -(-vocab_size // 8) * 8 + 8), INF, np.float32)
+    wide[:, :vocab_size] = logits
+    return wide.astype(ml_dtypes.bfloat16) if dtype == "bf16" else wide
 
 
 def seen(logits: Any, dtype: str) -> Any:
     """What the kernel sees of the logits, float32."""
-    return torch.from_numpy(logits).bfloat16().float().numpy() if dtype == "bf16" else logits
+    return logits.astype(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bf16" else logits
 
 
 def check_token(x: Any, rows: SamplingBatch, i: int, token: int) -> None:
@@ -165,10 +122,8 @@ def check_token(x: Any, rows: SamplingBatch, i: int, token: int) -> None:
     assert score[token] >= score[kept(-SHARE)].max() - SCORE
 
 
-def check(logits: Any, rows: SamplingBatch, dtype: str, *, tokens: Any = None, sms: int = 132) -> Result:
-    if tokens is None:
-        tokens = np.zeros((len(logits), LENGTH), np.int32)
-    found = run(logits, rows, tokens, dtype, sms=sms)
+def check_rows(found: Result, logits: Any, rows: SamplingBatch, dtype: str, tokens: Any) -> None:
+    """Every token and log-probability, and that nothing else was written."""
     x = seen(logits, dtype)
     sound = np.isfinite(x.max(axis=1))
     with np.errstate(all="ignore"):
@@ -185,7 +140,6 @@ def check(logits: Any, rows: SamplingBatch, dtype: str, *, tokens: Any = None, s
     expected[rows.slots, rows.positions] = np.maximum(found.token_ids, 0)
     assert (found.tokens == expected).all()
     assert same.mean() >= 0.97  # the CPU's choices, but for races closer than rounding
-    return found
 
 
 def check_logprobs(x: Any, chosen: int, count: int, found: Any, i: int) -> None:

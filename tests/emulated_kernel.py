@@ -1,0 +1,95 @@
+"""CUDA C++ kernels on a CPU: their sources are compiled as C++, and tests/emulation/ takes the GPU's place.
+
+Sources are taken as they are but for hopper.cuh and memory.cuh, which hold all of their PTX and have a double each.
+What is emulated is the order of events in a CTA; CTAs run one after the other. Floating point is the CPU's, so results
+may differ in the last bits. Needs a C++ compiler, ``$CXX`` or c++.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from nf.kernels.source import HERE as KERNELS
+from nf.kernels.source import KernelSource, ParameterKind
+
+EMULATION = Path(__file__).parent / "emulation"
+FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off")
+UNCHECKED = ("-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=0")  # which takes jumps between stacks for errors
+TYPES: dict[ParameterKind, tuple[str, Any]] = {
+    "pointer": ("void*", ctypes.c_void_p),
+    "int32": ("int", ctypes.c_int32),
+    "int64": ("long long", ctypes.c_int64),
+    "float32": ("float", ctypes.c_float),
+}
+
+
+class Copies(IntEnum):
+    """When copies in the background are done."""
+
+    AT_ONCE = 0
+    LATE = 1
+    BY_CHANCE = 2
+
+
+class EmulatedKernel:
+    """A "cuda" source, compiled for the CPU into ``folder``."""
+
+    def __init__(self, source: KernelSource, folder: Path) -> None:
+        self._types = [TYPES[kind] for kind in source.parameters]
+        home = folder / source.name
+        home.mkdir()
+        for file in source.files:
+            double = EMULATION / file
+            text = (double if double.exists() else KERNELS / file).read_text()
+            (home / file).write_text(text.replace("extern __shared__", "extern"))
+        (home / "launch.cpp").write_text(self._launcher(source.entry))
+        library = home / "kernel.so"
+        defines = [f"-D{name}={value}" for name, value in source.definitions.items()]
+        sources = ["-x", "c++", home / source.files[0], home / "launch.cpp", EMULATION / "emulator.cpp"]
+        subprocess.run(
+            [os.environ.get("CXX", "c++"), *FLAGS, *UNCHECKED, f"-I{EMULATION}", *defines, *sources, "-o", library],
+            check=True,
+            timeout=300,
+        )
+        self._library = ctypes.CDLL(str(library))
+        self._library.emulate.restype = ctypes.c_char_p  # why it failed
+
+    def _launcher(self, entry: str) -> str:
+        types = ", ".join(name for name, _ in self._types)
+        values = ", ".join(f"*static_cast<{name}*>(values[{i}])" for i, (name, _) in enumerate(self._types))
+        return f'extern "C" void {entry}({types});\nextern "C" void enter(void** values) {{ {entry}({values}); }}\n'
+
+    def __call__(
+        self,
+        *values: int | float,
+        grid: int,
+        block: int,
+        shared_bytes: int,
+        readable: Sequence[Any],
+        seed: int,
+        copies: Copies = Copies.BY_CHANCE,
+    ) -> None:
+        """Run ``grid`` CTAs of ``block`` threads with one value per parameter, addresses as integers.
+
+        Args:
+            shared_bytes: of dynamic shared memory.
+            readable: arrays, contiguous, that bulk copies and wide loads may read.
+            seed: of the order in which threads take turns.
+
+        Raises:
+            AssertionError: the kernel hangs, reads elsewhere or ends before its copies do.
+        """
+        cells = [kind(value) for (_, kind), value in zip(self._types, values, strict=True)]
+        begins = (ctypes.c_void_p * len(readable))(*(array.ctypes.data for array in readable))
+        sizes = (ctypes.c_long * len(readable))(*(array.nbytes for array in readable))
+        failure = self._library.emulate(
+            self._library.enter, (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells)),
+            grid, block, shared_bytes, copies, seed, len(readable), begins, sizes,
+        )  # fmt: skip
+        assert failure is None, failure.decode()

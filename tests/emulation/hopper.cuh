@@ -1,0 +1,140 @@
+// In place of kernels/hopper.cuh: CUDA's own words on a CPU, and the wrappers of PTX that emulated kernels use.
+#pragma once
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "emulator.h"
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __shared__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __launch_bounds__(...)
+
+// CUDA's 64-bit integers are long long, those of <cstdint> may not be; kernels name them themselves.
+using cuda_int64 = long long;
+using cuda_uint64 = unsigned long long;
+#define int64_t cuda_int64
+#define uint64_t cuda_uint64
+
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+extern char shared_memory_bytes[] __asm__("shared_memory");
+
+// ---- Threads ----
+
+enum Meeting { SYNC, ANY, SHUFFLE, ELECT };
+
+inline unsigned lane_of_thread() { return threadIdx.x % 32; }
+inline void __syncthreads() { emulator::meet_cta(false); }
+inline int __syncthreads_count(int predicate) { return emulator::meet_cta(predicate); }
+inline void __syncwarp() { emulator::meet_warp(SYNC, false, 0, 0); }
+inline bool __any_sync(unsigned, bool predicate) { return emulator::meet_warp(ANY, predicate, 0, 0).any; }
+inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) {
+    return emulator::meet_warp(SHUFFLE, false, value, lane).value;
+}
+inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int bits) {
+    return __shfl_sync(mask, value, lane_of_thread() ^ bits);
+}
+inline uint32_t __shfl_up_sync(unsigned mask, uint32_t value, int lanes) {
+    const int lane = static_cast<int>(lane_of_thread()) - lanes;
+    return __shfl_sync(mask, value, lane < 0 ? lane_of_thread() : lane);
+}
+inline bool elect_lane() { return emulator::meet_warp(ELECT, false, 0, 0), lane_of_thread() == 0; }
+inline void __threadfence() {}
+
+// ---- Atomic operations ----
+
+template <class T>
+T exchange(T* at, T value) {
+    const T before = *at;
+    *at = value;
+    return before;
+}
+template <class T, class U>
+T atomicAdd(T* at, U value) {
+    emulator::may_yield();
+    return exchange(at, static_cast<T>(*at + value));
+}
+template <class T>
+T atomicOr(T* at, T value) {
+    emulator::may_yield();
+    return exchange(at, *at | value);
+}
+template <class T>
+T atomicMin(T* at, T value) {
+    emulator::may_yield();
+    return exchange(at, *at < value ? *at : value);
+}
+template <class T>
+T atomicMax(T* at, T value) {
+    emulator::may_yield();
+    return exchange(at, *at > value ? *at : value);
+}
+template <class T>
+T atomicCAS(T* at, T expected, T value) {
+    emulator::may_yield();
+    return exchange(at, *at == expected ? value : *at);
+}
+inline uint32_t atomicInc(uint32_t* at, uint32_t most) { return exchange(at, *at >= most ? 0u : *at + 1); }
+
+// ---- Arithmetic ----
+
+inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
+inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
+inline uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }  // nothing is fused: see emulated_kernel.py
+inline float __fadd_rn(float a, float b) { return a + b; }
+template <class A, class B>
+auto min(A a, B b) {
+    using Both = std::common_type_t<A, B>;
+    return static_cast<Both>(a) < static_cast<Both>(b) ? static_cast<Both>(a) : static_cast<Both>(b);
+}
+template <class A, class B>
+auto max(A a, B b) {
+    using Both = std::common_type_t<A, B>;
+    return static_cast<Both>(a) > static_cast<Both>(b) ? static_cast<Both>(a) : static_cast<Both>(b);
+}
+inline float exp2_approximate(float x) {
+    const float y = exp2f(x);
+    return y < 0x1p-126f ? 0.0f : y;  // denormal numbers are flushed
+}
+
+// ---- As in kernels/hopper.cuh ----
+
+inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(static_cast<const char*>(pointer) - shared_memory_bytes);
+}
+inline void grid_dependency_wait() { emulator::dependencies_met = true; }
+inline void grid_dependency_launch() {}
+inline void barrier_init(uint32_t barrier, uint32_t arrivals) { emulator::init_barrier(barrier, arrivals); }
+inline void barrier_init_fence() {}
+inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) { emulator::arrive_expecting(barrier, bytes); }
+inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::wait_for_barrier(barrier, parity); }
+constexpr uint64_t EVICT_FIRST = 0, EVICT_NORMAL = 1;
+inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier, uint64_t) {
+    emulator::bulk_copy(target, source, bytes, barrier);
+}
+inline void async_proxy_fence() {}
+inline void global_async_proxy_fence() {}
