@@ -10,17 +10,22 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nf.kernels.source import HERE as KERNELS
 from nf.kernels.source import KernelSource, ParameterKind
 
 EMULATION = Path(__file__).parent / "emulation"
-FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off")
-UNCHECKED = ("-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=0")  # which takes jumps between stacks for errors
+FLAGS = (
+    *("-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off"),
+    *("-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=0"),  # it takes jumps between stacks for errors
+    *(f"-I{EMULATION}", "-include", "hopper.cuh"),  # with what CUDA has without an include
+)
 TYPES: dict[ParameterKind, tuple[str, Any]] = {
     "pointer": ("void*", ctypes.c_void_p),
     "int32": ("int", ctypes.c_int32),
@@ -45,15 +50,14 @@ class EmulatedKernel:
         home = folder / source.name
         home.mkdir()
         for file in source.files:
-            double = EMULATION / file
-            text = (double if double.exists() else KERNELS / file).read_text()
-            (home / file).write_text(text.replace("extern __shared__", "extern"))
+            if not (EMULATION / file).exists():  # found there otherwise
+                (home / file).write_text((KERNELS / file).read_text().replace("extern __shared__", "extern"))
         (home / "launch.cpp").write_text(self._launcher(source.entry))
         library = home / "kernel.so"
         defines = [f"-D{name}={value}" for name, value in source.definitions.items()]
         sources = ["-x", "c++", home / source.files[0], home / "launch.cpp", EMULATION / "emulator.cpp"]
         subprocess.run(
-            [os.environ.get("CXX", "c++"), *FLAGS, *UNCHECKED, f"-I{EMULATION}", *defines, *sources, "-o", library],
+            [os.environ.get("CXX", "c++"), *FLAGS, *defines, *sources, "-o", library],
             check=True,
             timeout=300,
         )
@@ -93,3 +97,29 @@ class EmulatedKernel:
             grid, block, shared_bytes, copies, seed, len(readable), begins, sizes,
         )  # fmt: skip
         assert failure is None, failure.decode()
+
+
+class EmulatedLoader:
+    """In place of a KernelLoader: what is loaded is emulated, with ``options`` of ``EmulatedKernel``'s call."""
+
+    def __init__(self, kernels: Mapping[str, EmulatedKernel], **options: Any) -> None:
+        self._kernels, self._options = kernels, options
+
+    def cuda(self, name: str, *, shared_bytes: int = 0) -> Callable[..., None]:
+        def launch(*values: int | float, grid: int, block: int, **_on: Any) -> None:
+            self._kernels[name](*values, grid=grid, block=block, shared_bytes=shared_bytes, **self._options)
+
+        return launch
+
+
+def aligned(array: Any) -> Any:
+    """A copy at an address such as device memory has."""
+    memory = np.empty(array.nbytes + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def pointer(array: Any) -> int:
+    return int(array.ctypes.data)

@@ -24,7 +24,7 @@ bool dependencies_met;
 namespace {
 
 constexpr int WARP = 32, MOST_THREADS = 1024;
-constexpr size_t STACK_BYTES = 128 << 10;
+constexpr size_t STACK_BYTES = 64 << 10;
 
 struct Copy {
     void* target;
@@ -216,7 +216,7 @@ Met meet_warp(int kind, bool predicate, uint32_t value, int lane) {
     Brought* const meeting = brought[self().meetings++ % 2];
     meeting[own] = {kind, predicate, value};
     yield(Waits::FOR_WARP);
-    Met met{false, meeting[first + lane % WARP].value};
+    Met met{false, meeting[first + (lane & (WARP - 1))].value};
     for (int i = 0; i < WARP; ++i) {
         if (meeting[first + i].kind != kind) fail("lanes of a warp meet at different places");
         met.any |= meeting[first + i].predicate;

@@ -42,13 +42,21 @@ inline void __syncthreads() { emulator::meet_cta(false); }
 inline int __syncthreads_count(int predicate) { return emulator::meet_cta(predicate); }
 inline void __syncwarp() { emulator::meet_warp(SYNC, false, 0, 0); }
 inline bool __any_sync(unsigned, bool predicate) { return emulator::meet_warp(ANY, predicate, 0, 0).any; }
-inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) {
-    return emulator::meet_warp(SHUFFLE, false, value, lane).value;
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+    static_assert(sizeof(T) == 4);
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    word = emulator::meet_warp(SHUFFLE, false, word, lane).value;
+    memcpy(&value, &word, 4);
+    return value;
 }
-inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, int bits) {
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
     return __shfl_sync(mask, value, lane_of_thread() ^ bits);
 }
-inline uint32_t __shfl_up_sync(unsigned mask, uint32_t value, int lanes) {
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int lanes) {
     const int lane = static_cast<int>(lane_of_thread()) - lanes;
     return __shfl_sync(mask, value, lane < 0 ? lane_of_thread() : lane);
 }

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pytest
-from emulated_kernel import Copies, EmulatedKernel
+from emulated_kernel import Copies, EmulatedKernel, EmulatedLoader, aligned, pointer
 from sampling_cases import LENGTH, PromptRows, Result, batch, padded, poisoned
 from sampling_first_pass_tests import FirstPassTests
 from sampling_tests import PromptLogprobsTests, SamplingTests
@@ -27,32 +26,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """By name."""
     folder = tmp_path_factory.mktemp("kernels")
     return {source.name: EmulatedKernel(source, folder) for source in sampling.sources()}
-
-
-class Loader:
-    """In place of a KernelLoader: what is loaded is emulated, with ``options``."""
-
-    def __init__(self, kernels: Kernels, **options: Any) -> None:
-        self._kernels, self._options = kernels, options
-
-    def cuda(self, name: str, *, shared_bytes: int) -> Callable[..., None]:
-        def launch(*values: int, grid: int, block: int, **_on: Any) -> None:
-            self._kernels[name](*values, grid=grid, block=block, shared_bytes=shared_bytes, **self._options)
-
-        return launch
-
-
-def aligned(array: Any) -> Any:
-    """A copy at an address such as device memory has."""
-    memory = np.empty(array.nbytes + 256, np.uint8)
-    start = -memory.ctypes.data % 256
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
-def pointer(array: Any) -> int:
-    return int(array.ctypes.data)
 
 
 class Emulated:
@@ -73,7 +46,7 @@ class Emulated:
         arrays = {name: array if len(array) else np.zeros(1, array.dtype) for name, array in arrays.items()}
         arrays["num_samples"] = np.array([count], np.int32)
         readable: list[Any] = [wide.ravel()[: wide.size - self.hidden]]
-        loader: Any = Loader(self.kernels, readable=readable, seed=next(SEEDS), copies=self.copies)
+        loader: Any = EmulatedLoader(self.kernels, readable=readable, seed=next(SEEDS), copies=self.copies)
         sampler = sampling.Sampler(loader, dtype, vocab_size=vocab_size, tokens_stride=tokens.shape[1], sms=sms)  # type: ignore[arg-type]
         workspace = aligned(np.full(sampler.workspace_bytes, 0xFF, np.uint8))
         workspace[:256] = 0
@@ -113,7 +86,7 @@ class TestFirstPass(Emulated, FirstPassTests):
 class TestPromptLogprobs(Emulated, PromptLogprobsTests):
     def run_prompt(self, logits: Any, dtype: str, rows: PromptRows, *, sms: int) -> Result:
         wide, out = aligned(padded(logits, dtype)), poisoned(len(rows.targets))
-        loader: Any = Loader(self.kernels, readable=[wide], seed=next(SEEDS), copies=self.copies)
+        loader: Any = EmulatedLoader(self.kernels, readable=[wide], seed=next(SEEDS), copies=self.copies)
         sampling.PromptLogprobs(loader, dtype, vocab_size=logits.shape[1])(
             logits=pointer(wide), stride=wide.shape[1], count=pointer(rows.count), start=rows.start, stop=rows.stop,
             targets=pointer(rows.targets), wanted=pointer(rows.wanted),
