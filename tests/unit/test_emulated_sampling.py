@@ -47,7 +47,7 @@ class Emulated:
         arrays["num_samples"] = np.array([count], np.int32)
         readable: list[Any] = [wide.ravel()[: wide.size - self.hidden]]
         loader: Any = EmulatedLoader(self.kernels, readable=readable, seed=next(SEEDS), copies=self.copies)
-        sampler = sampling.Sampler(loader, dtype, vocab_size=vocab_size, tokens_stride=tokens.shape[1], sms=sms)  # type: ignore[arg-type]
+        sampler = sampling.Sampler(loader, dtype, vocab_size=vocab_size, tokens_stride=tokens.shape[1], sms=sms)
         workspace = aligned(np.full(sampler.workspace_bytes, 0xFF, np.uint8))
         workspace[:256] = 0
         readable.append(workspace)
