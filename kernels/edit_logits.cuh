@@ -1,7 +1,7 @@
 // What a request changes in its logits before a token is chosen, in the order of nf/executors/logit_edits.py: allowed ids,
 // bad words, bias, penalties. The edited row is an fp32 copy in scratch memory.
 #pragma once
-#include "logits.cuh"
+#include "row_stream.cuh"
 
 // One row's share of the ragged lists, and its history.
 struct Edits {

@@ -17,7 +17,7 @@ lists what may win, and the winner is among them. With top-p there are two ways.
 top-p keeps most of it, the first pass does the same, for whatever top-p may keep, and a second finds out which of the
 listed are kept, by summing what weighs more. Elsewhere the first pass counts logits into 8192 equal bins, from which
 follow bounds of the value at which top-p cuts, and the second collects the few tokens within the bounds and draws for
-those above (draw.cuh, select.cuh).
+those above (draw_first.cuh, draw.cuh, select.cuh).
 Penalties, bias, allowed ids and bad words act on an fp32 copy of the row. Rows that ask for none of this pay for none
 of it.
 
@@ -41,9 +41,12 @@ MAX_LOGPROBS = 20  # MAX_TOP of logits.cuh
 
 _THREADS = 256
 _CTAS_PER_SM = 2
-_SHARED_BYTES = 51 * 1024 + 3 * 2048 * (_THREADS // 32)  # at least Shared and the rings of logits.cuh
+_SHARED_BYTES = 51 * 1024 + 3 * 2048 * (_THREADS // 32)  # at least Shared of logits.cuh and the rings of row_stream.cuh
 _COUNTER_BYTES = 256
-_COMMON = ("logprobs.cuh", "select.cuh", "logits.cuh", "reduce.cuh", "memory.cuh", "hopper.cuh")
+_COMMON = (
+    "logprobs.cuh", "select.cuh", "first_pass.cuh", "row_stream.cuh", "logits.cuh", "reduce.cuh", "memory.cuh",
+    "hopper.cuh",
+)  # fmt: skip
 _SAMPLE_PARAMETERS: tuple[ParameterKind, ...] = (
     "pointer", "int32", "int32", *("pointer",) * 23, "int32", *("pointer",) * 7, "int32",
 )  # fmt: skip
@@ -61,7 +64,7 @@ def sample_source(dtype: LogitsType) -> KernelSource:
     return KernelSource(
         name=f"sample_{dtype}",
         language="cuda",
-        files=("sampling.cu", "draw.cuh", "edit_logits.cuh", "philox.cuh", *_COMMON),
+        files=("sampling.cu", "draw.cuh", "draw_first.cuh", "bar.cuh", "edit_logits.cuh", "philox.cuh", *_COMMON),
         parameters=_SAMPLE_PARAMETERS,
         entry="sample",
         config=(("BF16", dtype == "bf16"),),

@@ -9,7 +9,7 @@
 //
 // A prefix ends at a value: all above it are kept, and of the tokens that have it those up to an id.
 #pragma once
-#include "logits.cuh"
+#include "first_pass.cuh"
 
 // How long a prefix is wanted. At least one of both limits: a count (0: none), a share of all weight (1: none).
 struct Target {

@@ -1,5 +1,5 @@
-"""Tests, on a GPU and emulated, of rows that are drawn from in their first pass (kernels/draw.cuh): what that has to
-notice, and to leave to others."""
+"""Tests, on a GPU and emulated, of rows that are drawn from in their first pass (kernels/draw_first.cuh): what that has
+to notice, and to leave to others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
 
 
 def looked_at(vocab_size: int, dtype: str) -> Any:
-    """Ids that the kernel guesses a row by (read_sample of logits.cuh), ascending."""
+    """Ids that the kernel guesses a row by (read_sample of first_pass.cuh), ascending."""
     width = 8 if dtype == "bf16" else 4
     stride = max(1, -(-vocab_size // width) // 512)
     ids = (np.arange(512)[:, None] * stride * width + np.arange(width)).ravel()

@@ -6,7 +6,16 @@ import ast
 import importlib.util
 from pathlib import Path
 
-FOLDER = Path(__file__).parents[1] / "gpu"
+TESTS = Path(__file__).parents[1]
+FOLDER = TESTS / "gpu"
+
+
+def functions(file: Path) -> set[str]:
+    """Names of a file's functions and methods, and of those of the modules of tests that it imports."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    imported = {TESTS / f"{node.module}.py" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return names.union(*(functions(module) for module in imported if module.exists()))
 
 
 def test_sanitized_tests_exist() -> None:
@@ -17,5 +26,4 @@ def test_sanitized_tests_exist() -> None:
     spec.loader.exec_module(conftest)
     assert "test_gpu_executor" in conftest.SANITIZED
     for file, names in conftest.SANITIZED.items():
-        tree = ast.parse((FOLDER / f"{file}.py").read_text())
-        assert set(names) <= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, file
+        assert set(names) <= functions(FOLDER / f"{file}.py"), file
