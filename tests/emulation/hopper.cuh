@@ -9,7 +9,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __shared__ static
+#define __shared__ static  // what the CTA before left is still there
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 
@@ -31,7 +31,7 @@ struct alignas(16) float4 {
     float x, y, z, w;
 };
 
-extern char shared_memory_bytes[] __asm__("shared_memory");
+extern char shared_memory_bytes[] __asm__("shared_memory");  // kernels call it by that name, of another type
 
 // ---- Threads ----
 
@@ -59,6 +59,13 @@ template <class T>
 T __shfl_up_sync(unsigned mask, T value, int lanes) {
     const int lane = static_cast<int>(lane_of_thread()) - lanes;
     return __shfl_sync(mask, value, lane < 0 ? lane_of_thread() : lane);
+}
+// The lanes that came with the same value.
+template <class T>
+uint32_t __match_any_sync(unsigned mask, T value) {
+    uint32_t same = 0;
+    for (int lane = 0; lane < 32; ++lane) same |= static_cast<uint32_t>(__shfl_sync(mask, value, lane) == value) << lane;
+    return same;
 }
 inline bool elect_lane() { return emulator::meet_warp(ELECT, false, 0, 0), lane_of_thread() == 0; }
 inline void __threadfence() {}
@@ -101,6 +108,7 @@ inline uint32_t atomicInc(uint32_t* at, uint32_t most) { return exchange(at, *at
 // ---- Arithmetic ----
 
 inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline uint32_t __float_as_uint(float x) {
     uint32_t bits;

@@ -1,0 +1,64 @@
+"""Tokens sorted by expert, by the permutation kernel emulated: against a sort by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from emulated_kernel import EmulatedKernel, EmulatedLoader, aligned, pointer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nf.kernels.moe import EXPERTS_PER_TOKEN, TILE_ROWS, Moe, MoeShape, sources
+
+HIDDEN = 24
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EmulatedKernel]:
+    source = next(source for source in sources() if source.name == "moe_permute")
+    return {source.name: EmulatedKernel(source, tmp_path_factory.mktemp("kernels"))}
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data(), count=st.integers(0, 300), start=st.integers(0, 40), length=st.integers(1, 300))
+def test_permute(kernels: dict[str, EmulatedKernel], data: st.DataObject, count: int, start: int, length: int) -> None:
+    """``count`` tokens are there, and the range begins at ``start``."""
+    num_experts = data.draw(st.integers(1, 64), label="num_experts")
+    k = data.draw(st.sampled_from([k for k in EXPERTS_PER_TOKEN if k <= num_experts]), label="experts_per_token")
+    sms, seed = data.draw(st.sampled_from([1, 3, 132]), label="sms"), data.draw(st.integers(0, 1 << 20), label="seed")
+    shape, rng, stop = MoeShape(HIDDEN, num_experts, k), np.random.default_rng(seed), start + length
+    capacity = max(count, stop)
+    liking = rng.random((capacity, num_experts)) ** data.draw(st.sampled_from([1, 30]), label="skew")
+    experts = aligned(np.argsort(liking * np.arange(num_experts), axis=1)[:, :k].astype(np.int32))
+    normed = aligned(rng.integers(0, 1 << 16, (capacity, HIDDEN), dtype=np.uint16))
+    tiles = shape.max_tiles(length)
+    permuted = aligned(np.full((tiles * TILE_ROWS, HIDDEN), 0xFFFF, np.uint16))
+    places, tile_experts = aligned(np.full((capacity, k), -7, np.int32)), aligned(np.full(tiles, -7, np.int32))
+    num_rows, num_tokens = np.full(1, -7, np.int32), np.full(1, count, np.int32)
+    loader: Any = EmulatedLoader(kernels, readable=(normed,), seed=seed)
+    Moe(loader, shape).permute(
+        normed=pointer(normed), experts=pointer(experts), permuted=pointer(permuted), places=pointer(places),
+        tile_experts=pointer(tile_experts), num_rows=pointer(num_rows), num_tokens=pointer(num_tokens),
+        start=start, stop=stop, sms=sms, stream=0,
+    )  # fmt: skip
+
+    tokens = range(start, max(start, min(stop, count)))
+    expected_places = np.full((capacity, k), -7)
+    expected, of_tiles = np.zeros((tiles * TILE_ROWS, HIDDEN), np.uint16), []
+    for expert in range(num_experts):
+        row = TILE_ROWS * len(of_tiles)
+        choices = [
+            (token, int(np.flatnonzero(experts[token] == expert)[0])) for token in tokens if expert in experts[token]
+        ]
+        for i, (token, choice) in enumerate(choices):
+            expected_places[token, choice] = row + i
+            expected[row + i] = normed[token]
+        of_tiles += [expert] * -(-len(choices) // TILE_ROWS)
+    rows = TILE_ROWS * len(of_tiles)
+    assert num_rows[0] == rows
+    assert tile_experts.tolist() == [*of_tiles, *[-7] * (tiles - len(of_tiles))]
+    assert (places == expected_places).all()
+    assert (permuted[:rows] == expected[:rows]).all()
+    assert (permuted[rows:] == 0xFFFF).all()
