@@ -14,6 +14,9 @@ struct Choice {
     float temperature, top_p, min_p;
     int top_k;
     Philox noise;
+
+    __device__ __forceinline__ bool limits_count(int vocab_size) const { return top_k > 0 && top_k < vocab_size; }
+    __device__ __forceinline__ bool limits_share() const { return top_p < 1; }
 };
 
 struct Best {

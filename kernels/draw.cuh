@@ -193,7 +193,7 @@ __device__ __forceinline__ int draw_token(
     Then then) {
     const float top = stats.top;
     const Weight weight(top, choice.temperature);
-    const bool few = choice.top_k > 0 && choice.top_k < row.vocab_size, share = choice.top_p < 1;
+    const bool few = choice.limits_count(row.vocab_size), share = choice.limits_share();
     if (left == Left::CANDIDATES) {
         const int id = token_of_listed(row, shared, stream, choice, weight, then());
         if (id != NONE) return id;

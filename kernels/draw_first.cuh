@@ -12,8 +12,7 @@
 // Whether the first pass over a row may be Drawing. Of a smaller share the first winners are too seldom.
 __device__ __forceinline__ bool may_draw_first(const Choice& choice, int vocab_size) {
     constexpr float LEAST_SHARE = 0.7f;
-    const bool few = choice.top_k > 0 && choice.top_k < vocab_size;
-    return choice.temperature > 0 && !few && choice.min_p <= 0 && choice.top_p >= LEAST_SHARE;
+    return choice.temperature > 0 && !choice.limits_count(vocab_size) && choice.min_p <= 0 && choice.top_p >= LEAST_SHARE;
 }
 
 // These bars are in units of log₂ — logit · factor + noise · log₂ e — and of logits as they are, not less the highest.
@@ -45,7 +44,7 @@ struct Drawing {
     // Before the pass: the bound and the first bar, from a sample whose highest logit is `highest`. Whether it is worth it.
     template <class Row>
     __device__ __forceinline__ bool begin(const Row& row, const uint4 (&sample)[SAMPLED], float highest) const {
-        const bool share = choice.top_p < 1;
+        const bool share = choice.limits_share();
         const Weight weight(fmaxf(highest, LOWEST), choice.temperature);
         Moments own{};
 #pragma unroll
@@ -128,7 +127,7 @@ __device__ __forceinline__ int token_of_listed(
     if (shared.list_length > LIST || fabsf(weight.top * weight.factor) > Drawing::FURTHEST) return NONE;
     Winner winners[3];
     winners[0] = next_winner(row, shared, choice, weight, {NONE, -INFINITE});
-    if (choice.top_p >= 1) return winners[0].passed ? winners[0].id : NONE;
+    if (!choice.limits_share()) return winners[0].passed ? winners[0].id : NONE;
     winners[1] = next_winner(row, shared, choice, weight, winners[0]);
     winners[2] = next_winner(row, shared, choice, weight, winners[1]);
     const float bound = shared.bound;

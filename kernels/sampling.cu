@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
             tokens[static_cast<int64_t>(own.slot) * tokens_stride + position] = max(token, 0);  // may be embedded next
         };
         const bool drawn = choice.temperature > 0, edited = own.edited();
-        const bool few = drawn && choice.top_k > 0 && choice.top_k < vocab_size, share = drawn && choice.top_p < 1;
+        const bool few = drawn && choice.limits_count(vocab_size), share = drawn && choice.limits_share();
 
         // What is read after the last pass over this row, as far as can be told, and after any other.
         auto again = [&] { return source_of(row); };

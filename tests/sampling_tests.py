@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ from nf.kernels import sampling
 from nf.scheduler.batch import SamplingBatch
 
 
-class Sampled:
+class Sampled(ABC):
     """A place where rows are sampled."""
 
+    @abstractmethod
     def run(self, logits: Any, rows: SamplingBatch, tokens: Any, dtype: str, *, sms: int = 132) -> Result:
         """What the second of two launches on the same arrays wrote; ``tokens`` is left alone."""
-        raise NotImplementedError
 
     def check(self, logits: Any, rows: SamplingBatch, dtype: str, *, tokens: Any = None, sms: int = 132) -> Result:
         if tokens is None:
@@ -140,10 +141,10 @@ class SamplingTests(Sampled):
         assert (found.token_ids <= [0, 0, 10, 5000, 2500, 12500]).all()
 
 
-class PromptLogprobsTests:
+class PromptLogprobsTests(ABC):
+    @abstractmethod
     def run_prompt(self, logits: Any, dtype: str, rows: PromptRows, *, sms: int) -> Result:
         """What a launch wrote."""
-        raise NotImplementedError
 
     @pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
     @pytest.mark.parametrize(("count", "start", "stop"), [(0, 0, 7), (1, 0, 1), (40, 10, 33), (20, 10, 33)])

@@ -20,7 +20,7 @@ _queue: list[Callable[[], None]] = []  # one stream in the order of its work
 class Memory:
     """Both kinds of memory: host bytes with an address."""
 
-    def __init__(self, num_bytes: int, _purpose: str = "", **_options: bool) -> None:
+    def __init__(self, num_bytes: int, _purpose: str = "", *, in_pieces: bool = False) -> None:  # noqa: ARG002
         _allocate(self)
         self.num_bytes = num_bytes
         self.array = np.full(num_bytes, 0xAB, np.uint8)

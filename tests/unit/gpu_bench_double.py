@@ -14,10 +14,12 @@ from typing import Any
 import device_double
 import numpy as np
 
+from nf.config import ModelConfig
 from nf.graphs.partition import Lane
 from nf.kernels.device import CudaError
 
 KERNEL_SECONDS = 1e-5
+LLAMA = ModelConfig("LlamaForCausalLM", 512, 128, 192, 12, 4, 2, 64, 1e-6, 256)
 
 LAUNCHED: list[str] = []
 CLOCKS: defaultdict[int, float] = defaultdict(float)  # stream → when it is done with what is enqueued
@@ -167,3 +169,8 @@ def fake_lanes(streams: Sequence[Any], total: int) -> tuple[Lane, ...]:
 DEVICE: Any = SimpleNamespace(
     name="A GPU", sms=132, arch="sm_90a", memory=lambda: (64 << 20, 128 << 20), use=lambda: None
 )
+
+
+def weights(model: Any) -> Any:
+    layers = tuple({weight.name: 1 for weight in model.layer_weights} for _ in range(model.config.num_layers))
+    return SimpleNamespace(embed=1, final_norm=1, lm_head=1, layers=layers, free=lambda: None)

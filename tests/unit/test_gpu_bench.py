@@ -17,6 +17,7 @@ from gpu_bench_double import (
     CLOCKS,
     DEVICE,
     KERNEL_SECONDS,
+    LLAMA,
     PACE,
     Event,
     Graph,
@@ -27,9 +28,9 @@ from gpu_bench_double import (
     Time,
     capture,
     fake_lanes,
+    weights,
 )
 
-from nf.bench.measure import Measurement
 from nf.bench.steady_step import Load
 from nf.config import ModelConfig
 from nf.executors import gpu_buffers, gpu_inputs, gpu_memory, gpu_outputs, gpu_pages
@@ -43,7 +44,6 @@ from nf.planning.gpu_step_bench import GpuStepBench
 from nf.planning.profile import Profile, ProfileKey
 from nf.planning.profiling import ENDS, Extent, fill, wanted_pairs, wanted_solos
 
-LLAMA = ModelConfig("LlamaForCausalLM", 512, 128, 192, 12, 4, 2, 64, 1e-6, 256)
 MIXTRAL = replace(LLAMA, architecture="MixtralForCausalLM", num_experts=4, experts_per_token=2, num_layers=3)
 EXTENT = Extent((32, 64), (64,), (16, 32), (48, 96), (24,), (16, 24), (32,), 132)
 
@@ -83,11 +83,6 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Stream, "dead", False)
     yield
     assert Graph.live == 0
-
-
-def weights(model: Any) -> Any:
-    layers = tuple({weight.name: 1 for weight in model.layer_weights} for _ in range(model.config.num_layers))
-    return SimpleNamespace(embed=1, final_norm=1, lm_head=1, layers=layers, free=lambda: None)
 
 
 def bench(config: ModelConfig = LLAMA, run: float = 0.01) -> GpuBench:
@@ -334,71 +329,3 @@ def test_prompts_have_the_rows_and_the_context(rows: int, context: int) -> None:
     assert batch.num_decode == tokens == rows
     assert set(batch.kv_lens) == {96}
     own.close()
-
-
-class Executor:
-    """A step takes a millisecond per page; more pages than there is room for are refused."""
-
-    made: list[Executor]
-
-    def __init__(self, _model: Any, weights: Any, plans: Any, *, device: Any, num_pages: int, **sizes: Any) -> None:
-        assert device is DEVICE
-        if plans[0].name == "bad":
-            raise ValueError("bad")
-        self.num_pages, self.sizes, self.weights, self.random = num_pages, sizes, weights, False
-        Executor.made.append(self)
-
-    def randomize_kv(self, seed: int) -> None:
-        self.random = seed == 1
-
-    def trace(self, batch: Any) -> list[Any]:
-        return [batch.num_tokens]
-
-    def close(self) -> None:
-        self.weights.free()
-
-
-def test_steps_are_measured_on_as_many_pages_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    freed: list[int] = []
-    times: set[tuple[float, float]] = set()
-    Executor.made = []
-
-    def measure(executor: Executor, batch: Any, *, warm: float, run: float) -> Measurement:
-        times.add((warm, run))
-        assert executor.random
-        assert batch.kv_indices.max() < executor.num_pages
-        assert batch.token_ids.max() < 256  # those of a small vocabulary; what is beyond it an embedding has no row for
-        return Measurement(1e-3 * len(batch.kv_indices), 1.0)
-
-    def drawn(model: Any, _seed: int) -> Any:
-        made = weights(model)
-        made.free = lambda: freed.append(1)
-        return made
-
-    monkeypatch.setattr(gpu_step_bench, "random_device_weights", drawn)
-    monkeypatch.setattr(gpu_step_bench, "GpuExecutor", Executor)
-    monkeypatch.setattr(gpu_step_bench, "artifacts", lambda *_: [])
-    monkeypatch.setattr(gpu_step_bench, "measure_step", measure)
-    monkeypatch.setattr(gpu_step_bench, "workspace_bytes", lambda *_, **__: 1 << 20)
-    model = declare(LLAMA)
-    own = GpuStepBench(model, SimpleNamespace(**vars(DEVICE) | {"memory": lambda: (3 << 30, 4 << 30)}))  # type: ignore[arg-type]
-    monkeypatch.setitem(globals(), "DEVICE", own._device)
-    loads = [Load(64, 40, 24), Load(64, 20, 44)]
-    plan = sequential_plan(model.operations, 64)
-    GpuStepBench(model, own._device, quick=True).measure(plan, loads)
-    quick = times.pop()
-    found = own.measure(plan, loads)
-    assert 0.4 <= quick[0] < min(times)[0]  # a card needs as long to settle its clocks, and its counter to move
-    assert 0.5 <= quick[1] < min(times)[1]
-    assert [m.seconds for m in found] == [1e-3 * len(load.batch(16).kv_indices) for load in loads]
-    assert Executor.made[0].num_pages == max(len(load.batch(16).kv_indices) for load in loads)
-    assert own.trace(plan, loads[0]) == [64]
-    large = GpuStepBench(model, own._device, quick=True, page_size=64)
-    assert large.measure(plan, loads[:1])[0].seconds == 1e-3 * len(loads[0].batch(64).kv_indices)
-    with pytest.raises(ValueError, match="bad"):
-        own.measure(replace(plan, name="bad"), loads)
-    assert len(freed) == 5
-    own._device.memory = lambda: (2 << 30, 4 << 30)  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="leave no room for KV"):
-        own.measure(plan, loads)
-    assert len(freed) == 6
