@@ -11,6 +11,11 @@
 // that it shares is left to decode_merge.cu: merging here would need a fence at gpu scope per part, which takes
 // microseconds while the memory system is full.
 //
+// On few SMs a warp's own instructions are what limits it, with one other warp to take turns with. So the scores of a
+// tile and the output of the tile before are worked out together, two chains of dependent products that the hardware
+// interleaves (as in FlashAttention-3, Shah et al., arXiv 2407.08608), and nine tiles of ten, which need nothing else,
+// go through a loop that has nothing else.
+//
 // Configuration: HEAD_DIM (64, 128), PAGE_SIZE (16, 32, 64), TILE keys per stage.
 #include "decode_plan.cuh"
 #include "hopper.cuh"
@@ -43,13 +48,28 @@ struct Arguments {
 };
 
 // What a worker notes about a tile when it starts to copy it, for when it has arrived. Of a plain tile — all keys
-// valid, in the midst of its segment (the part of a group that a span has) — only the flags count.
-struct __align__(16) Note {
+// valid, neither the first nor the last of its segment (the part of a group that a span has) — only the flags count.
+struct Note {
     int flags;  // OPENS, … | first valid key << 8 | end of valid keys << 16
     int row, head;
     int slot;  // of the part, if the segment is not WHOLE
 };
 enum : int { OPENS = 1, CLOSES = 2, WHOLE = 4, HAS_Q = 8, PLAIN = TILE << 16 };
+
+__device__ __forceinline__ Note read_note(uint32_t from) {
+    Note note;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(note.flags), "=r"(note.row), "=r"(note.head), "=r"(note.slot)
+                 : "r"(from)
+                 : "memory");
+    return note;
+}
+
+__device__ __forceinline__ void write_note(uint32_t to, const Note& note) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(note.flags), "r"(note.row), "r"(note.head),
+                 "r"(note.slot)
+                 : "memory");
+}
 
 // ---- Reads that nobody waits for before their value is used ----
 
@@ -69,10 +89,11 @@ __device__ __forceinline__ void read_if(bool wanted, int4& value, const int4* fr
                  : "memory");
 }
 
-__device__ __forceinline__ void count_if(bool wanted, int& before, int* counter) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p atom.global.add.s32 %0, [%1], 1;\n}\n"
+// Counts to `last`, then from zero again. (An add would be waited for: the compiler makes one of those of all lanes.)
+__device__ __forceinline__ void count_if(bool wanted, int& before, int* counter, int last) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p atom.global.inc.u32 %0, [%1], %2;\n}\n"
                  : "+r"(before)
-                 : "l"(counter), "r"(int(wanted))
+                 : "l"(counter), "r"(last), "r"(int(wanted))
                  : "memory");
 }
 
@@ -96,10 +117,11 @@ __device__ __forceinline__ void read_q(uint32_t (&q)[STEPS][2], const uint32_t* 
 // Walks the tiles of this worker's spans: span by span, in a span group by group (what it has of one is a segment), in a
 // segment tile by tile. The same in all lanes but for page indices (one per lane) and a ticket just drawn (lane 0's).
 //
-// copy() starts one tile, a ring of stages ahead of the products. What it needs was asked for earlier still, so that the
+// A copy starts one tile, a ring of stages ahead of the products. What it needs was asked for earlier still, so that the
 // walk seldom waits for memory:
-// - Most tiles are plain: in the midst of a segment, their pages known. They are counted off in `plain`.
-// - advance() does the rest: at the first and the last tile of a segment, every 32 pages, and near a span's end.
+// - Most tiles are plain, and before most of these there is nothing to do: they are counted off in `quiet`, and where they
+//   are was found when the tile before was copied (`blocks`).
+// - The others are the first and the last tile of a segment, every 32 pages one, and some near a span's end.
 // - Pages are known 32 at a time: `pages` are those at hand. When they are taken up, the following 32 of the row are read
 //   (`pages_after`), and when a group is entered, the first of the next group (`pages_then`).
 // - When a row is entered, the next row's length and first page are read, if the span goes on there.
@@ -112,12 +134,14 @@ struct Source {
     const Plan& plan;
     const int spans, workers, lane;
 
-    int plain = 0;           // how many plain tiles come next
+    int quiet = 0;           // how many plain tiles come next before which there is nothing to do
+    int plain = 0;           // how many plain tiles were copied since the last other one
     int span = 0, left = 0;  // tiles of the span yet to be copied
     int row = 0, head = 0, kv_len = 0, page_begin = 0;
     int tile = 0, first_tile = 0, end_tile = 0;  // in the group, from the row's position 0
     bool opens = false, whole = false;           // the next tile is its segment's first; the segment begins the group
     const char* head_base = nullptr;             // this KV head in page 0
+    unsigned blocks[BLOCKS];                     // pages of the next tile
     // A lane's page index: of page batch + lane of the row, of 32 pages on, of the first pages of the next group.
     int batch = 0, pages = 0, pages_after = 0, pages_then = 0;
     int next_kv_len = 0, next_page_begin = 0;    // of the next row
@@ -139,13 +163,9 @@ struct Source {
 
     // One step of looking up a span; done a few tiles apart, no step waits for the one before.
     __device__ __forceinline__ void look_up(int step) {
-        count_if(step == 0 && lane == 0, ticket, &plan.header->tickets);
-        if (step == 1) {
-            ticket = __shfl_sync(ALL, ticket, 0);
-            // Every worker draws once in vain, so there are as many draws as spans: the last one leaves zero behind.
-            if (ticket == spans - 1 && lane == 0) plan.header->tickets = 0;
-            ticket += workers;
-        }
+        // Every worker draws once in vain, so there are as many draws as spans, and the last leaves zero behind.
+        count_if(step == 0 && lane == 0, ticket, &plan.header->tickets, spans - 1);
+        if (step == 1) ticket = workers + __shfl_sync(ALL, ticket, 0);
         const bool exists = ticket < spans;
         const int4* record = reinterpret_cast<const int4*>(plan.spans + ticket);
         read_if(step == 1 && exists, span_head, record);
@@ -175,13 +195,12 @@ struct Source {
     // Tiles left in the span at which the next step of looking up is due; none is if each worker has but one span.
     __device__ __forceinline__ int due() const { return ahead < FOUND && spans > workers ? 12 - 4 * ahead : 0; }
 
-    // Go on to the next tile where that takes more than counting; false if there is none.
-    __device__ __forceinline__ bool advance() {
+    // Go to the next segment, whose row may be new; false if there is none.
+    __device__ __forceinline__ bool enter_segment(bool& new_row) {
         const bool new_span = left == 0;
         if (new_span && !enter_span()) return false;
-        const bool new_group = new_span || tile == end_tile;
-        bool new_row = new_span;
-        if (new_group && !new_span) {
+        new_row = new_span;
+        if (!new_span) {
             pages = pages_then;
             new_row = ++head == arguments.num_kv_heads;
             if (new_row) ++row, head = 0, kv_len = next_kv_len, page_begin = next_page_begin;
@@ -190,77 +209,90 @@ struct Source {
             first_tile = first_tile_of(kv_len);
             end_tile = (kv_len + TILE - 1) / TILE;
         }
-        if (new_group) {
-            if (!new_span) tile = first_tile;
-            opens = true, whole = tile == first_tile;
-            head_base = arguments.kv + head * PAGE_BYTES;
-            batch = page_of(tile);
-        }
-        const uint32_t* q_from = q_at(arguments, row, head, lane);
-        asm volatile("" : "+l"(q_from));  // now: later, registers for it would have to wait for the reads below
-        const bool new_batch = page_of(tile) == batch + 32;
-        if (new_batch) batch += 32, pages = pages_after;
-        const bool last_head = head + 1 == arguments.num_kv_heads;
-        const int row_left = (arguments.num_kv_heads - head) * (end_tile - first_tile) - (tile - first_tile);
-        const bool into_next_row = left > row_left, into_next_group = left > end_tile - tile;
-        read_if(new_row && into_next_row, next_kv_len, arguments.kv_lens + row + 1);
-        read_if(new_row && into_next_row, next_page_begin, arguments.kv_indptr + row + 1);
-        read_if(new_group || new_batch, pages_after, page_at(page_begin, kv_len, batch + 32));
-        if (new_group && into_next_group) {
-            if (last_head) {
-                read_if(true, pages_then, page_at(next_page_begin, next_kv_len, page_of(first_tile_of(next_kv_len))));
-            } else {
-                read_if(true, pages_then, page_at(page_begin, kv_len, page_of(first_tile)));
+        if (!new_span) tile = first_tile;
+        opens = true, whole = tile == first_tile;
+        head_base = arguments.kv + head * PAGE_BYTES;
+        batch = page_of(tile);
+        return true;
+    }
+
+    // Read what the tiles to come will need.
+    __device__ __forceinline__ void read_ahead(bool new_row, bool new_batch) {
+        if (opens) {
+            const uint32_t* q_from = q_at(arguments, row, head, lane);
+            asm volatile("" : "+l"(q_from));  // now: later, registers for it would have to wait for the reads below
+            const bool last_head = head + 1 == arguments.num_kv_heads;
+            const int row_left = (arguments.num_kv_heads - head) * (end_tile - first_tile) - (tile - first_tile);
+            const bool into_next_row = left > row_left, into_next_group = left > end_tile - tile;
+            read_if(new_row && into_next_row, next_kv_len, arguments.kv_lens + row + 1);
+            read_if(new_row && into_next_row, next_page_begin, arguments.kv_indptr + row + 1);
+            if (into_next_group) {
+                if (last_head) {
+                    read_if(true, pages_then, page_at(next_page_begin, next_kv_len, page_of(first_tile_of(next_kv_len))));
+                } else {
+                    read_if(true, pages_then, page_at(page_begin, kv_len, page_of(first_tile)));
+                }
             }
-        }
-        if (new_group) {
             q_read = !q_held;
             if (q_read) read_q(q, q_from);
             q_held = true;
         }
+        read_if(opens || new_batch, pages_after, page_at(page_begin, kv_len, batch + 32));
         if (left <= due()) look_up(ahead);
-        return true;
     }
 
     // Start copying the next tile into a stage; false if there is none.
-    __device__ __forceinline__ bool copy(uint32_t stage, uint32_t barrier, Note* note) {
-        if (plain > 0) {
-            --plain;
-            copy_tile(stage, barrier, note, TILE, PLAIN);
+    __device__ __forceinline__ bool copy(uint32_t stage, uint32_t barrier, uint32_t note) {
+        if (quiet > 0) {
+            if (lane == 0) write_note(note, {PLAIN});
+            copy_quiet(stage, barrier);
             return true;
         }
-        if (!advance()) return false;
+        const bool new_segment = left == 0 || tile == end_tile;
+        const bool new_batch = !new_segment && page_of(tile) == batch + 32;
+        bool new_row = false;
+        if (new_segment && !enter_segment(new_row)) return false;
+        if (new_batch) batch += 32, pages = pages_after;
+        locate();  // before more is read: waiting for these pages could mean waiting for that as well
+        read_ahead(new_row, new_batch);
         const int end = min(TILE, kv_len - tile * TILE);
         const int begin = max(0, first_key(kv_len, arguments.window) - tile * TILE);
         const bool group_ends = tile + 1 == end_tile;
         const int flags = (opens ? OPENS : 0) | (group_ends || left == 1 ? CLOSES : 0) |
-                          (group_ends && whole ? WHOLE : 0) | (opens && q_read ? HAS_Q : 0);
-        if (lane == 0) note->row = row, note->head = head, note->slot = part_slot(span, whole);
-        __syncwarp();
-        copy_tile(stage, barrier, note, end, flags | begin << 8 | end << 16);
+                          (group_ends && whole ? WHOLE : 0) | (opens && q_read ? HAS_Q : 0) | begin << 8 | end << 16;
+        if (lane == 0) write_note(note, {flags, row, head, part_slot(span, whole)});
+        plain = flags == PLAIN ? plain + 1 : 0;
+        copy_tile(stage, barrier, end);
         opens = false;
         const int batch_end = (batch + 32) * TILES_PER_PAGE / BLOCKS;
-        plain = min(min(min(left, end_tile - tile) - 1, batch_end - tile), left - due());
+        quiet = min(min(min(left, end_tile - tile) - 1, batch_end - tile), left - due());
         return true;
     }
 
-    __device__ __forceinline__ void copy_tile(uint32_t stage, uint32_t barrier, Note* note, int keys, int flags) {
-        const char* blocks[BLOCKS];
+    // The same while `quiet` counts any, without a note.
+    __device__ __forceinline__ void copy_quiet(uint32_t stage, uint32_t barrier) {
+        copy_tile(stage, barrier, TILE);
+        --quiet, ++plain;
+    }
+
+    // Where the next tile is: found early, while nobody waits for it.
+    __device__ __forceinline__ void locate() {
 #pragma unroll
-        for (int i = 0; i < BLOCKS; ++i) {
-            const unsigned page = __shfl_sync(ALL, pages, page_of(tile) + i - batch);
-            blocks[i] = head_base + static_cast<uint64_t>(page) * unsigned(arguments.num_kv_heads * PAGE_BYTES) +
-                        tile % TILES_PER_PAGE * SLAB_BYTES;
-        }
+        for (int i = 0; i < BLOCKS; ++i) blocks[i] = __shfl_sync(ALL, pages, page_of(tile) + i - batch);
+    }
+
+    __device__ __forceinline__ void copy_tile(uint32_t stage, uint32_t barrier, int keys) {
         if (elect_lane()) {
-            note->flags = flags;
             barrier_arrive_expect(barrier, keys * HEAD_DIM * 4);
 #pragma unroll
             for (int i = 0; i < BLOCKS; ++i) {
-                copy_block(stage + i * BLOCK_BYTES, blocks[i], min(BLOCK, keys - i * BLOCK), barrier);
+                const char* block = head_base + tile % TILES_PER_PAGE * SLAB_BYTES +
+                                    static_cast<uint64_t>(blocks[i]) * unsigned(arguments.num_kv_heads * PAGE_BYTES);
+                copy_block(stage + i * BLOCK_BYTES, block, min(BLOCK, keys - i * BLOCK), barrier);
             }
         }
         ++tile, --left;
+        locate();
     }
 
     __device__ __forceinline__ static void copy_block(uint32_t to, const char* from, int keys, uint32_t barrier) {
@@ -362,8 +394,8 @@ struct Accumulator {
         }
     }
 
-    // Add a tile: softmax weights of its scores, then Vᵀ·Pᵀ. A transposed pair of scores is the product's operand.
-    __device__ __forceinline__ void add(const Scores& scores, const Values& values, float scale_log2) {
+    // Raise the exponents if scores exceed them by far; before the scores are added.
+    __device__ __forceinline__ void make_room(const Scores& scores, float scale_log2) {
         float top0 = scores[0][0], top1 = scores[0][1];
 #pragma unroll
         for (int i = 0; i < SUBTILES; ++i) {
@@ -374,6 +406,10 @@ struct Accumulator {
         if (__any_sync(ALL, top0 > top[0] + RAISE || top1 > top[1] + RAISE)) {
             raise(fmaxf(top[0], max_over_keys(top0)), fmaxf(top[1], max_over_keys(top1)));
         }
+    }
+
+    // Add a tile: softmax weights of its scores, then Vᵀ·Pᵀ. A transposed pair of scores is the product's operand.
+    __device__ __forceinline__ void add(const Scores& scores, const Values& values, float scale_log2) {
 #pragma unroll
         for (int i = 0; i < SUBTILES; ++i) {
             float weights[4];
@@ -389,7 +425,15 @@ struct Accumulator {
         }
     }
 
-    __device__ __forceinline__ void sum_up() { sum[0] = sum_over_keys(sum[0]), sum[1] = sum_over_keys(sum[1]); }
+    // Write what a segment adds up to.
+    __device__ __forceinline__ void close(const Arguments& arguments, const Note& note, int lane) {
+        sum[0] = sum_over_keys(sum[0]), sum[1] = sum_over_keys(sum[1]);
+        if (note.flags & WHOLE) {
+            write(arguments, note.row, note.head, lane);
+        } else {
+            store(arguments, note.slot, lane);
+        }
+    }
 
     __device__ __forceinline__ void write(const Arguments& arguments, int row, int head, int lane) const {
         const float scale0 = reciprocal_approximate(sum[0]), scale1 = reciprocal_approximate(sum[1]);
@@ -415,17 +459,22 @@ struct Accumulator {
 
 // ---- The kernel ----
 
+template <bool PLAIN_ONLY>
+struct Tiles {
+    static constexpr bool all_plain = PLAIN_ONLY;  // those in the ring, and the next to be copied
+};
+
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
     const char* q, const char* kv, char* out, const int* kv_lens, const int* kv_indptr, const int* kv_indices,
     void* plan_memory, float4* part_out, float4* part_stats, int num_kv_heads, int group, int q_stride,
     int out_stride, int window, int max_spans, int stages, float scale_log2) {
     extern __shared__ __align__(1024) char shared[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const uint32_t all_notes = shared_address(shared) + warps * stages * STAGE_BYTES;
     uint32_t ring = shared_address(shared) + warp * stages * STAGE_BYTES;
-    char* const after = shared + warps * stages * STAGE_BYTES;
-    Note* const notes = reinterpret_cast<Note*>(after) + warp * stages;
-    uint32_t barriers = shared_address(after) + warps * stages * sizeof(Note) + warp * stages * 8;
-    asm volatile("" : "+r"(ring), "+r"(barriers));  // or they are computed anew for every tile
+    uint32_t notes = all_notes + warp * stages * sizeof(Note);
+    uint32_t barriers = all_notes + warps * stages * sizeof(Note) + warp * stages * 8;
+    asm volatile("" : "+r"(ring), "+r"(notes), "+r"(barriers));  // or they are computed anew for every tile
     if (lane < stages) barrier_init(barriers + 8 * lane, 1);
     barrier_init_fence();
     __syncwarp();
@@ -449,17 +498,32 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
     uint32_t v_lane = ring + (lane % 8 + lane / 16 * 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
     asm volatile("" : "+r"(k_lane), "+r"(v_lane));
 
+    int copying = 0, stage = 0, parity = 0;
+    for (int i = 0; i < stages; ++i) {
+        copying += source.copy(ring + i * STAGE_BYTES, barriers + 8 * i, notes + i * sizeof(Note));
+    }
+    __syncwarp();
+    Note next = read_note(notes);
+
+    // The tile before: its scores, its values, what is noted about it. In the beginning one without weight.
     uint32_t q_now[STEPS][2];
     Accumulator sums;
-    int copying = 0;
-    for (int stage = 0; stage < stages; ++stage) {
-        copying += source.copy(ring + stage * STAGE_BYTES, barriers + 8 * stage, notes + stage);
-    }
-    for (int stage = 0, parity = 0; copying > 0;) {
+    Scores scores;
+    Values values = {};
+    Note before = {};
+    sums.clear();
+    sums.top[0] = sums.top[1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < SUBTILES; ++i) scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = NEGATIVE_INFINITY;
+
+    // Take the tile in the stage into registers and copy another there; add the tile before.
+    const auto take_tile = [&](auto tiles) {
+        constexpr bool ALL_PLAIN = tiles.all_plain;
         const uint32_t k_tile = k_lane + stage * STAGE_BYTES, v_tile = v_lane + stage * STAGE_BYTES;
-        barrier_wait(barriers + 8 * stage, parity);
-        const Note note = notes[stage];
-        const int flags = note.flags;
+        const uint32_t to = ring + stage * STAGE_BYTES, barrier = barriers + 8 * stage;
+        const Note note = next;
+        const int flags = ALL_PLAIN ? PLAIN : note.flags;
+        barrier_wait(barrier, parity);
         if (flags & OPENS) {
             if (flags & HAS_Q) {
 #pragma unroll
@@ -471,31 +535,44 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
 #pragma unroll
                 for (int i = 0; i < 2 * STEPS; ++i) q_now[i / 2][i % 2] = __shfl_sync(ALL, q_now[i / 2][i % 2], lane);
             }
-            sums.clear();
         }
 
-        Scores scores;
-        Values values;
-        multiply_keys(scores, k_tile, q_now);
+        Scores new_scores;
+        multiply_keys(new_scores, k_tile, q_now);
+        sums.add(scores, values, scale_log2);
         load_values(values, v_tile);
         __syncwarp();
-        --copying;
-        if (source.copy(ring + stage * STAGE_BYTES, barriers + 8 * stage, notes + stage)) {
-            ++copying;
-        } else {
+        if constexpr (ALL_PLAIN) {
+            source.copy_quiet(to, barrier);
+        } else if (!source.copy(to, barrier, notes + stage * sizeof(Note))) {
+            --copying;
             grid_dependency_launch();
         }
         if (++stage == stages) stage = 0, parity ^= 1;
 
+        if constexpr (!ALL_PLAIN) {
+            if (before.flags & CLOSES) sums.close(arguments, before, lane);
+            if (flags & OPENS) sums.clear();
+            before = note;
+        }
+#pragma unroll
+        for (int i = 0; i < SUBTILES; ++i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) scores[i][e] = new_scores[i][e];
+        }
         if ((flags & ~0xFF) != PLAIN) hide_keys(scores, values, flags >> 8 & 0xFF, flags >> 16, lane);
-        sums.add(scores, values, scale_log2);
-        if (flags & CLOSES) {
-            sums.sum_up();
-            if (flags & WHOLE) {
-                sums.write(arguments, note.row, note.head, lane);
-            } else {
-                sums.store(arguments, note.slot, lane);
-            }
+        sums.make_room(scores, scale_log2);
+        if constexpr (!ALL_PLAIN) {
+            __syncwarp();
+            next = read_note(notes + stage * sizeof(Note));
+        }
+    };
+    while (copying > 0) {
+        take_tile(Tiles<false>{});
+        if (source.plain >= stages) {
+            while (source.quiet > 0) take_tile(Tiles<true>{});
         }
     }
+    sums.add(scores, values, scale_log2);
+    sums.close(arguments, before, lane);
 }

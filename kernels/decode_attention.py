@@ -46,7 +46,7 @@ class Ring:
         warps: each with a ring of its own.
         stages: of a ring.
         stage_bytes: of KV, one tile. A stage is refilled once its tile is in registers, so small ones leave more of the
-            ring on its way, but every tile costs a warp some time besides: on an H200 8 KB are slower than 16.
+            ring on its way, but every tile costs a warp some time besides.
     """
 
     warps: int
@@ -62,9 +62,9 @@ class Ring:
         return self.warps * self.stages * (self.stage_bytes + NOTE_BYTES)
 
 
-# On few SMs each must have as many bytes on their way as fit; on many, more than enough to saturate HBM only makes
-# everything wait longer. One warp alone keeps up with about 26 GB/s.
-ON_FEW_SMS, ON_MANY_SMS = Ring(warps=7, stages=2, stage_bytes=16384), Ring(warps=4, stages=2, stage_bytes=16384)
+# On few SMs each must have as many bytes on their way as fit, and two warps to each of its four schedulers; on many, more
+# bytes than it takes to saturate HBM only make everything wait longer.
+ON_FEW_SMS, ON_MANY_SMS = Ring(warps=8, stages=3, stage_bytes=8192), Ring(warps=4, stages=2, stage_bytes=16384)
 
 
 def ring_on(sms: int) -> Ring:

@@ -32,7 +32,7 @@ from nf.models.registry import declare
 from nf.models.shapes import SHAPES, shape
 from nf.planning.profiling import quick_extent
 
-RINGS = (Ring(7, 2, 16384), Ring(7, 4, 8192), Ring(7, 3, 8192), Ring(8, 3, 8192), Ring(6, 4, 8192))
+RINGS = (Ring(8, 3, 8192), Ring(7, 4, 8192), Ring(6, 4, 8192), Ring(7, 2, 16384), Ring(6, 2, 16384))
 """The first is today's. Together a CTA's stages have at most 227 KB."""
 TOKENS, ROWS, CONTEXT = 2048, 512, 1280  # of the largest step, of attention, of a row
 GEMM, GEMM_ROWS = "gate_up_proj", 1024

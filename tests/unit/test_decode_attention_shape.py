@@ -45,4 +45,4 @@ def test_workspace_holds_plan_and_parts() -> None:
 
 def test_names_are_unique() -> None:
     names = [source.name for source in sources()]
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 14
