@@ -55,7 +55,7 @@ class PageCopy:
         self._layers = layers
         self._vectors = page_bytes // 16
 
-    def __call__(
+    def launch(
         self,
         *,
         source: int,
@@ -77,7 +77,7 @@ class PageCopy:
             sms: multiprocessors to spread over.
             pdl: start before the kernel before has ended, and wait for it on the device.
         """
-        self._kernel(
+        self._kernel.launch(
             source, destination, pairs, count, self._layers, self._vectors, source_stride, destination_stride,
             grid=4 * sms, block=_THREADS, stream=stream, pdl=pdl,
         )  # fmt: skip
@@ -95,8 +95,8 @@ class RowForks:
         self._kernel = loader.cuda(FORK_ROWS.name)
         self._tokens_stride = tokens_stride
 
-    def __call__(self, *, tokens: int, forks: int, count: int, sms: int, stream: int, pdl: bool = False) -> None:
+    def launch(self, *, tokens: int, forks: int, count: int, sms: int, stream: int, pdl: bool = False) -> None:
         """Do the first ``count`` forks; all pointers are to device memory."""
-        self._kernel(
+        self._kernel.launch(
             tokens, forks, count, self._tokens_stride, grid=sms, block=_THREADS, stream=stream, pdl=pdl
         )  # fmt: skip

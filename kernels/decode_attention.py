@@ -62,8 +62,8 @@ class Ring:
         return self.warps * self.stages * (self.stage_bytes + NOTE_BYTES)
 
 
-# On few SMs each must have as many bytes on their way as fit, and two warps to each of its four schedulers; on many, more
-# bytes than it takes to saturate HBM only make everything wait longer.
+# On few SMs each needs as many bytes on their way as possible, its four schedulers an equal number of warps. On many,
+# more bytes than saturate HBM only make everything wait longer.
 ON_FEW_SMS, ON_MANY_SMS = Ring(warps=8, stages=3, stage_bytes=8192), Ring(warps=4, stages=2, stage_bytes=16384)
 
 
@@ -179,13 +179,13 @@ class DecodeAttention:
         """
         shape, ring = self.shape, ring_on(sms)
         tile = ring.tile_keys(shape.head_dim)
-        self._plan(
+        self._plan.launch(
             kv_lens, kv_indptr, num_decode, workspace, start, stop, shape.num_kv_heads, tile, shape.head_dim // 16,
             shape.window or 0, ring.warps * sms, MIN_SPAN // tile, MAX_SPAN // tile, self.max_spans,
             grid=1, block=1024, stream=stream,
         )  # fmt: skip
 
-    def __call__(
+    def launch(
         self,
         *,
         q: int,
@@ -213,13 +213,13 @@ class DecodeAttention:
         part_out, part_stats = workspace + self._out, workspace + self._stats
         out_stride = shape.num_heads * shape.head_dim
         ring = ring_on(sms)
-        self._attention[ring](
+        self._attention[ring].launch(
             q, kv, out, kv_lens, kv_indptr, kv_indices, workspace, part_out, part_stats,
             shape.num_kv_heads, shape.group, q_stride, out_stride, shape.window or 0, self.max_spans, ring.stages,
             self._scale_log2,
             grid=sms, block=32 * ring.warps, stream=stream, pdl=pdl,
         )  # fmt: skip
-        self._merge(
+        self._merge.launch(
             workspace, part_out, part_stats, out, shape.head_dim, shape.group, out_stride, self.max_spans,
             grid=MERGE_CTAS * sms, block=32 * MERGE_WARPS, stream=stream, pdl=True,
         )  # fmt: skip

@@ -52,7 +52,7 @@ class Embed:
         self._ctas_per_sm = ctas_per_sm(self._threads)
         self._tokens_stride = tokens_stride
 
-    def __call__(
+    def launch(
         self,
         *,
         table: int,
@@ -75,7 +75,7 @@ class Embed:
             sms: multiprocessors to spread over.
             pdl: start before the kernel before has ended, and wait for it on the device.
         """
-        self._kernel(
+        self._kernel.launch(
             table, hidden, tokens, token_ids, token_slots, positions, count, start, stop, self._vectors,
             self._tokens_stride,
             grid=grid_on(sms, stop - start, self._ctas_per_sm), block=self._threads, stream=stream, pdl=pdl,

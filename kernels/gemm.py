@@ -310,7 +310,7 @@ class Gemm:
         self._sizes = (capacity, n, k, num_experts, extra_stride, choice.group)
         self._clusters = self._clusters_on(sms)
 
-    def __call__(
+    def launch(
         self,
         *,
         x: int,
@@ -333,7 +333,7 @@ class Gemm:
             LaunchError: the driver refused.
         """
         clusters = self._clusters if sms is None else self._clusters_on(sms)
-        self._kernel(x, w, y, extra or x, rows, tile_experts or rows, *self._sizes, clusters, stream=stream)
+        self._kernel.launch(x, w, y, extra or x, rows, tile_experts or rows, *self._sizes, clusters, stream=stream)
 
     def _clusters_on(self, sms: int) -> int:
         config = self.choice.config

@@ -69,7 +69,7 @@ class CuteKernel:
         addresses.append(ctypes.addressof(self._status))
         self._arguments, self._count = (ctypes.c_void_p * len(addresses))(*addresses), len(addresses)
 
-    def __call__(self, *values: int | float, stream: int) -> None:
+    def launch(self, *values: int | float, stream: int) -> None:
         """Launch with one value per parameter of the source (pointers as integers) on ``stream``.
 
         Raises:
@@ -139,7 +139,7 @@ class CudaKernel:
             None,
         )
 
-    def __call__(self, *values: int | float, grid: int, block: int, stream: int, pdl: bool = False) -> None:
+    def launch(self, *values: int | float, grid: int, block: int, stream: int, pdl: bool = False) -> None:
         """Launch ``grid`` CTAs of ``block`` threads; ``pdl`` lets it start before the kernel before it has ended.
 
         Raises:

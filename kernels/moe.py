@@ -163,7 +163,7 @@ class Moe:
     ) -> None:
         """normed → experts and shares of tokens [start, stop). A token with NaN gets experts, and NaN as shares."""
         shape, router = self.shape, self._router
-        self._route(
+        self._route.launch(
             normed, weight, experts, shares, num_tokens,
             start, stop, self._vectors, shape.num_experts, shape.experts_per_token,
             grid=-(-(stop - start) // router.tokens), block=32 * router.warps, stream=stream, pdl=pdl,
@@ -193,7 +193,7 @@ class Moe:
         shape, tokens = self.shape, stop - start
         # Two CTAs fit on a multiprocessor; as few as fill the GPU, because each counts all choices.
         per_cta = min(-(-tokens // (2 * sms)), _CHOICES // shape.experts_per_token)
-        self._permute(
+        self._permute.launch(
             normed, experts, permuted, places, tile_experts, num_rows, num_tokens,
             start, stop, self._vectors, shape.num_experts, shape.experts_per_token, per_cta,
             grid=-(-tokens // per_cta), block=_PERMUTE_THREADS, stream=stream, pdl=pdl,
@@ -215,7 +215,7 @@ class Moe:
     ) -> None:
         """hidden += the experts' results, in the order of the choices, for tokens [start, stop)."""
         pieces = -(-(stop - start) * self._vectors // (_COMBINE_UNROLL * _COMBINE_THREADS))
-        self._combine(
+        self._combine.launch(
             hidden, down, places, shares, num_tokens, start, stop, self._vectors,
             grid=min(pieces, _COMBINE_CTAS * sms), block=_COMBINE_THREADS, stream=stream, pdl=pdl,
         )  # fmt: skip

@@ -61,7 +61,7 @@ class RmsNorm:
         self._threads = row_threads(hidden_size)
         self._eps = eps
 
-    def __call__(
+    def launch(
         self,
         *,
         hidden: int,
@@ -83,7 +83,7 @@ class RmsNorm:
             sms: multiprocessors to spread over.
             pdl: start before the kernel before has ended, and wait for it on the device.
         """
-        self._kernel(
+        self._kernel.launch(
             hidden, delta, weight, normed, rows, count, start, stop, self._vectors, self._eps,
             grid=_grid(stop - start, self._threads, sms), block=self._threads, stream=stream, pdl=pdl,
         )  # fmt: skip

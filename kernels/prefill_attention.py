@@ -134,7 +134,7 @@ class PrefillAttention:
 
         All but ``start`` and ``stop`` are device pointers. ``num_decode`` and ``num_seqs`` point to one int32 each.
         """
-        self._plan(
+        self._plan.launch(
             *(qo_indptr, kv_lens, kv_indptr, num_decode, num_seqs, plan, start, stop, self.tile_tokens),
             grid=PLAN_CTAS,
             block=PLAN_THREADS,
@@ -142,7 +142,7 @@ class PrefillAttention:
             pdl=pdl,
         )
 
-    def __call__(
+    def launch(
         self,
         q: int,
         kv_cache: int,
@@ -165,7 +165,7 @@ class PrefillAttention:
             sms: SMs to take, at least 2; an odd one is left.
             pdl: may start before the previous kernel of the stream has ended.
         """
-        self._attend(
+        self._attend.launch(
             *(q, kv_cache, out, plan, kv_indices, q_stride, *self._shape, self._scale_log2),
             grid=sms - sms % CLUSTER,
             block=THREADS,

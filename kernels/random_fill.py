@@ -42,7 +42,7 @@ class RandomFill:
         self._kernel = loader.cuda(RANDOM_FILL.name)
         self._grid = _CTAS * sms
 
-    def __call__(self, out: int, count: int, *, seed: int, tensor: int, std: float, stream: int) -> None:
+    def launch(self, out: int, count: int, *, seed: int, tensor: int, std: float, stream: int) -> None:
         """Fill ``count`` values from the 16-byte aligned device pointer ``out``; whole vectors of 8 are written.
 
         Args:
@@ -53,4 +53,6 @@ class RandomFill:
         assert 0 < count <= MAX_VALUES
         assert out % 16 == 0
         signed = ctypes.c_int64(seed).value  # the same 64 bits
-        self._kernel(out, -(-count // VECTOR), signed, tensor, std, grid=self._grid, block=_THREADS, stream=stream)
+        self._kernel.launch(
+            out, -(-count // VECTOR), signed, tensor, std, grid=self._grid, block=_THREADS, stream=stream
+        )

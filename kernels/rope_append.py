@@ -85,7 +85,7 @@ class KvRows:
     def __init__(self, loader: KernelLoader, page_size: int) -> None:
         self._kernel = loader.cuda(rows_source(page_size).name)
 
-    def __call__(
+    def launch(
         self,
         *,
         rows: int,
@@ -107,7 +107,7 @@ class KvRows:
             num_tokens, num_seqs: device pointers to the counts.
             max_tokens: the dense batch size.
         """
-        self._kernel(
+        self._kernel.launch(
             rows, positions, qo_indptr, kv_indptr, kv_indices, num_tokens, num_seqs,
             grid=-(-max_tokens // _ROWS_THREADS), block=_ROWS_THREADS, stream=stream, pdl=pdl,
         )  # fmt: skip
@@ -142,7 +142,7 @@ class RopeAppend:
         self._qkv_vectors = shape.qkv_size // 8
         self._threads_per_token = shape.num_kv_heads * shape.head_dim // 16
 
-    def __call__(
+    def launch(
         self,
         *,
         qkv: int,
@@ -170,7 +170,7 @@ class RopeAppend:
                 0 is in place.
             pdl: start before the kernel before has ended, and wait for it on the device.
         """
-        self._kernel(
+        self._kernel.launch(
             qkv, q or qkv, kv, table, rows, positions, q_norm, k_norm, count, start, stop, *self._sizes,
             q_stride // 8 if q else self._qkv_vectors, self._eps,
             grid=_grid(stop - start, self._threads_per_token, sms), block=_ROPE_THREADS, stream=stream, pdl=pdl,

@@ -143,7 +143,7 @@ class Sampler:
         """Device memory, 256-byte aligned: counters, which must be 0 before the first launch, and edited rows."""
         return _COUNTER_BYTES + 4 * self._ctas * self._scratch_stride
 
-    def __call__(
+    def launch(
         self,
         *,
         logits: int,
@@ -167,7 +167,7 @@ class Sampler:
             pdl: start before the kernel before has ended, and wait for it on the device.
         """
         _check_stride(stride, self._vocab_size)
-        self._kernel(
+        self._kernel.launch(
             logits, stride, self._vocab_size, *arrays, tokens, self._tokens_stride, token_ids,
             *logprobs, workspace, workspace + _COUNTER_BYTES, self._scratch_stride,
             grid=max(1, min(capacity, self._ctas)), block=_THREADS, stream=stream, pdl=pdl,
@@ -187,7 +187,7 @@ class PromptLogprobs:
         self._kernel = loader.cuda(prompt_logprobs_source(dtype).name, shared_bytes=_SHARED_BYTES)
         self._vocab_size = vocab_size
 
-    def __call__(
+    def launch(
         self,
         *,
         logits: int,
@@ -212,7 +212,7 @@ class PromptLogprobs:
             pdl: start before the kernel before has ended, and wait for it on the device.
         """
         _check_stride(stride, self._vocab_size)
-        self._kernel(
+        self._kernel.launch(
             logits, stride, self._vocab_size, count, start, stop, targets, wanted,
             *logprobs,
             grid=max(1, min(stop - start, _CTAS_PER_SM * sms)), block=_THREADS, stream=stream, pdl=pdl,

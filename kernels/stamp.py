@@ -21,6 +21,6 @@ class Stamp:
     def __init__(self, loader: KernelLoader) -> None:
         self._kernel = loader.cuda(STAMP.name)
 
-    def __call__(self, out: int, *, stream: int) -> None:
+    def launch(self, out: int, *, stream: int) -> None:
         """Write STAMP_BYTES at the device pointer ``out``; all streams of a GPU read one clock."""
-        self._kernel(out, grid=1, block=32, stream=stream)
+        self._kernel.launch(out, grid=1, block=32, stream=stream)

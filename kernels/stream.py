@@ -41,9 +41,9 @@ class StreamRead:
         self._warps, self._stages = warps, stages
         self._kernel = loader.cuda(READ.name, shared_bytes=warps * stages * (PIECE_BYTES + 8))
 
-    def __call__(self, memory: int, size: int, *, sms: int, stream: int) -> None:
+    def launch(self, memory: int, size: int, *, sms: int, stream: int) -> None:
         """Read ``size`` bytes, rounded down to whole pieces, from the 16-byte aligned address ``memory``."""
-        self._kernel(memory, size // PIECE_BYTES, self._stages, grid=sms, block=32 * self._warps, stream=stream)
+        self._kernel.launch(memory, size // PIECE_BYTES, self._stages, grid=sms, block=32 * self._warps, stream=stream)
 
 
 class StreamCopy:
@@ -57,8 +57,8 @@ class StreamCopy:
         self._threads = threads
         self._kernel = loader.cuda(COPY.name)
 
-    def __call__(self, source: int, target: int, size: int, *, stream: int, pdl: bool = False) -> None:
+    def launch(self, source: int, target: int, size: int, *, stream: int, pdl: bool = False) -> None:
         """Copy ``size`` bytes, rounded down to whole vectors, between 16-byte aligned addresses."""
         vectors = size // 16
         grid = max(1, -(-vectors // self._threads))
-        self._kernel(source, target, vectors, grid=grid, block=self._threads, stream=stream, pdl=pdl)
+        self._kernel.launch(source, target, vectors, grid=grid, block=self._threads, stream=stream, pdl=pdl)

@@ -224,7 +224,7 @@ def _choices(found: list[GemmChoice], rows: int, evictions: list[str]) -> list[G
 
 
 def _call(gemm: Gemm, pointers: dict[str, int], stream: int) -> None:
-    gemm(**pointers, stream=stream)
+    gemm.launch(**pointers, stream=stream)
 
 
 def _in_turn(stream: Any, calls: list[list[Any]], estimate: float) -> list[float]:

@@ -66,7 +66,7 @@ class Layer:
     def _product(self, name: str, config: GemmConfig) -> Call:
         gemm = self._kernels.product(*self.shapes[name], self.rows, sms=SMS, choice=GemmChoice(config))
         x, w, y = (array[name].data.ptr for array in (self.x, self.weights, self.y))
-        return lambda stream: gemm(x=x, w=w, y=y, rows=self.count.data.ptr, stream=stream)
+        return lambda stream: gemm.launch(x=x, w=w, y=y, rows=self.count.data.ptr, stream=stream)
 
     @staticmethod
     def _measured(calls: list[Call]) -> float:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class EmulatedKernel:
         values = ", ".join(f"*static_cast<{name}*>(values[{i}])" for i, (name, _) in enumerate(self._types))
         return f'extern "C" void {entry}({types});\nextern "C" void enter(void** values) {{ {entry}({values}); }}\n'
 
-    def __call__(
+    def launch(
         self,
         *values: int | float,
         grid: int,
@@ -105,11 +106,11 @@ class EmulatedLoader:
     def __init__(self, kernels: Mapping[str, EmulatedKernel], **options: Any) -> None:
         self._kernels, self._options = kernels, options
 
-    def cuda(self, name: str, *, shared_bytes: int = 0) -> Callable[..., None]:
+    def cuda(self, name: str, *, shared_bytes: int = 0) -> Any:
         def launch(*values: int | float, grid: int, block: int, **_on: Any) -> None:
-            self._kernels[name](*values, grid=grid, block=block, shared_bytes=shared_bytes, **self._options)
+            self._kernels[name].launch(*values, grid=grid, block=block, shared_bytes=shared_bytes, **self._options)
 
-        return launch
+        return SimpleNamespace(launch=launch)
 
 
 def aligned(array: Any) -> Any:

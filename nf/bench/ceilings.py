@@ -37,7 +37,7 @@ def measure_ceilings(config: ModelConfig, rows: int, gpus: int = 1) -> Ceilings:
     best = min(runs, key=lambda run: run.seconds)
     memory = bench.normal(READ_BYTES // 2)
     ring = stream.StreamRead(bench.loader)
-    reads: list[Call] = [lambda on: ring(memory.data.ptr, READ_BYTES, sms=bench.sms, stream=on)]
+    reads: list[Call] = [lambda on: ring.launch(memory.data.ptr, READ_BYTES, sms=bench.sms, stream=on)]
     read = measure(reads, warm=WARM_SECONDS, run=RUN_SECONDS)
     flop = rows * products.bytes  # two operations per weight of two bytes
     return Ceilings(

@@ -72,7 +72,7 @@ def call(bench: Bench, heads: int, kv_lens: list[int], sms: int) -> Call:
     stream.synchronize()
 
     def launch(stream: int, _keep: Any = (q, kv, out, workspace, lens, indptr, indices, count)) -> None:
-        attention(
+        attention.launch(
             q=q.data.ptr, q_stride=columns, kv=kv.data.ptr, out=out.data.ptr, **table, kv_indices=indices.data.ptr,
             workspace=workspace.data.ptr, sms=sms, stream=stream,
         )  # fmt: skip

@@ -116,7 +116,7 @@ def _call(bench: Bench, product: Gemm, w: Any, y: Any, extra: Any = None) -> Cal
     pointers = {"x": x.data.ptr, "w": w.data.ptr, "y": y.data.ptr, "rows": count.data.ptr, "extra": extra.data.ptr}
 
     def call(stream: int, _keep: Any = (x, w, y, extra, count)) -> None:
-        product(**pointers, stream=stream)
+        product.launch(**pointers, stream=stream)
 
     return call
 

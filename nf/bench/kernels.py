@@ -93,7 +93,7 @@ class Bench:
                 read = stream.StreamRead(self.loader, warps=warps, stages=stages)
 
                 def call(stream: int, read: Any = read) -> None:
-                    read(memory.data.ptr, memory.nbytes, sms=sms, stream=stream)
+                    read.launch(memory.data.ptr, memory.nbytes, sms=sms, stream=stream)
 
                 best = max(best, memory.nbytes / measure([call], on=on).seconds)
             self._read_rates[key] = best
@@ -123,7 +123,7 @@ class Bench:
                 copy = stream.StreamCopy(self.loader, threads=threads)
 
                 def call(on: int, at: int, copy: Any = copy) -> None:
-                    copy(source.data.ptr + at, target.data.ptr + at, size, stream=on, pdl=True)
+                    copy.launch(source.data.ptr + at, target.data.ptr + at, size, stream=on, pdl=True)
 
                 seconds.append(measure([partial(call, at=i * size) for i in range(count)]).seconds)
             self._copy_rates[work] = work / min(seconds)

@@ -1,4 +1,5 @@
-"""Host time of one launch of each kernel, as a capture pays it once per node of a graph, beside the driver's part."""
+"""Host time of one launch of each kernel, beside the driver's part: on a stream, and as the engine launches, into a
+graph that is being captured."""
 
 from __future__ import annotations
 
@@ -22,21 +23,21 @@ ROWS = 16  # tokens
 
 
 def rows(bench: Bench) -> Iterator[Row]:
-    driver = _driver_seconds(bench)
+    drivers = {captured: _driver_seconds(bench, captured) for captured in (False, True)}
     for name, launches, call in _calls(bench):
-        seconds = host_seconds(call) / launches
-        beside = (("the driver's own call", driver / seconds),)
-        yield Row(
-            "launch",
-            name,
-            Measurement(seconds, math.nan),
-            1,
-            "launch",
-            "the speed at 5 µs",
-            LIMIT / seconds,
-            1.0,
-            beside,
-        )
+        for captured, driver in drivers.items():
+            seconds = host_seconds(call, captured=captured) / launches
+            yield Row(
+                "launch",
+                f"{name}, captured" if captured else name,
+                Measurement(seconds, math.nan),
+                1,
+                "launch",
+                "the speed at 5 µs",
+                LIMIT / seconds,
+                1.0,
+                (("the driver's own call", driver / seconds),),
+            )
 
 
 def _calls(bench: Bench) -> Iterator[tuple[str, int, Call]]:
@@ -55,33 +56,42 @@ def _calls(bench: Bench) -> Iterator[tuple[str, int, Call]]:
     yield "sampling", 1, sampling_cases.call(bench, "fp32", {}, sampling_cases.random_logits(bench, "fp32", 1.0))
 
 
-def _driver_seconds(bench: Bench) -> float:
+def _driver_seconds(bench: Bench, captured: bool) -> float:
     """Of a launch whose arguments and place stand ready: what is left is ctypes and the driver."""
     import cupy
 
     memory, kernel = bench.normal(1024), bench.loader.cuda(stream.COPY.name)
     on = cupy.cuda.Stream(non_blocking=True)
-    kernel(memory.data.ptr, memory.data.ptr, 1, grid=1, block=32, stream=on.ptr)
-    return _host_seconds(kernel.relaunch, on)
+    kernel.launch(memory.data.ptr, memory.data.ptr, 1, grid=1, block=32, stream=on.ptr)
+    return _host_seconds(kernel.relaunch, on, captured)
 
 
-def host_seconds(call: Call) -> float:
-    """Median over rounds of the mean time that a call keeps the host, with an empty queue at the start of each."""
+def host_seconds(call: Call, *, captured: bool = False) -> float:
+    """Median over rounds of the mean time that a call keeps the host, with an empty queue at the start of each.
+
+    Args:
+        captured: into a graph, which is thrown away.
+    """
     import cupy
 
     on = cupy.cuda.Stream(non_blocking=True)
-    return _host_seconds(partial(call, on.ptr), on)
+    return _host_seconds(partial(call, on.ptr), on, captured)
 
 
-def _host_seconds(launch: Callable[[], object], on: Any) -> float:
+def _host_seconds(launch: Callable[[], object], on: Any, captured: bool) -> float:
     import cupy
 
     cupy.cuda.Device().synchronize()  # the buffers were filled on another stream
     times = []
     for _ in range(ROUNDS):
+        if captured:
+            on.begin_capture()
         started = time.perf_counter()
         for _ in range(LAUNCHES):
             launch()
         times.append((time.perf_counter() - started) / LAUNCHES)
-        on.synchronize()
+        if captured:
+            on.end_capture()
+        else:
+            on.synchronize()
     return statistics.median(times)

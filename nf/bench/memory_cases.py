@@ -57,7 +57,7 @@ def norm_call(bench: Bench, tokens: int, variant: norm.Variant, of: int | None =
     listed = cupy.random.permutation(of or tokens)[:tokens].astype(cupy.int32)
 
     def call(stream: int) -> None:
-        kernel(
+        kernel.launch(
             hidden=hidden.data.ptr, weight=weight.data.ptr, normed=normed.data.ptr, count=count.data.ptr,
             delta=delta.data.ptr, rows=listed.data.ptr, start=0, stop=tokens, sms=bench.sms, stream=stream, pdl=True,
         )  # fmt: skip
@@ -86,7 +86,7 @@ def rope_call(bench: Bench, tokens: int, decodes: bool) -> Call:
     count = _count(tokens)
 
     def call(stream: int) -> None:
-        kernel(
+        kernel.launch(
             qkv=qkv.data.ptr, kv=kv.data.ptr, table=table.data.ptr, rows=places.data.ptr,
             positions=positions.data.ptr, count=count.data.ptr, start=0, stop=tokens, sms=bench.sms, stream=stream,
             pdl=True,
@@ -107,7 +107,7 @@ def embed_call(bench: Bench, table: Any, tokens: int, decodes: bool) -> Call:
     positions, count = cupy.random.permutation(POSITIONS)[:tokens].astype(cupy.int32), _count(tokens)
 
     def call(stream: int) -> None:
-        kernel(
+        kernel.launch(
             table=table.data.ptr, hidden=hidden.data.ptr, tokens=buffer.data.ptr, token_ids=ids.data.ptr,
             token_slots=slots.data.ptr, positions=positions.data.ptr, count=count.data.ptr, start=0, stop=tokens,
             sms=bench.sms, stream=stream, pdl=True,

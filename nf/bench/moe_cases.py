@@ -117,7 +117,7 @@ class GroupedProduct:
         cupy.cuda.get_current_stream().synchronize()
 
         def call(stream: int) -> None:
-            product(
+            product.launch(
                 x=x.data.ptr, w=self.weight.data.ptr, y=y.data.ptr, rows=routed.num_rows.data.ptr,
                 tile_experts=routed.tile_experts.data.ptr, stream=stream,
             )  # fmt: skip
@@ -134,6 +134,6 @@ def _dense(bench: Bench, n: int, k: int, rows: int, epilogue: gemm.Epilogue) -> 
     cupy.cuda.get_current_stream().synchronize()
 
     def call(stream: int) -> None:
-        product(x=x.data.ptr, w=w.data.ptr, y=y.data.ptr, rows=count.data.ptr, stream=stream)
+        product.launch(x=x.data.ptr, w=w.data.ptr, y=y.data.ptr, rows=count.data.ptr, stream=stream)
 
     return call

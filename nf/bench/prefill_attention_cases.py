@@ -55,7 +55,7 @@ def call(bench: Bench, count: int, new: int, cached: int) -> Call:
     stream.synchronize()
 
     def launch(stream: int, _keep: Any = (q, kv, out, plan, indices)) -> None:
-        attention(
+        attention.launch(
             q.data.ptr, kv.data.ptr, out.data.ptr, plan.data.ptr, indices.data.ptr,
             q_stride=columns, sms=bench.sms, stream=stream,
         )  # fmt: skip

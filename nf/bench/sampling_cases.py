@@ -78,7 +78,7 @@ def call(bench: Bench, dtype: sampling.LogitsType, columns: dict[str, float], lo
     report = sampling.LogprobArrays(*(array.data.ptr for array in out))
 
     def launch(stream: int, _keep: Any = (arrays, out)) -> None:
-        kernel(
+        kernel.launch(
             logits=logits.data.ptr, stride=VOCAB, arrays=pointers, tokens=tokens.data.ptr, token_ids=chosen.data.ptr,
             logprobs=report, workspace=workspace.data.ptr, capacity=COUNT, stream=stream, pdl=True,
         )  # fmt: skip

@@ -320,7 +320,7 @@ class GpuExecutor:
                 stream=stream,
                 pdl=False,
             )
-            self._kernels.prompt_logprobs(
+            self._kernels.prompt_logprobs.launch(
                 logits=self._memory.buffers["logits"],
                 stride=self._config.vocab_size,
                 count=inputs["num_prompt_logprobs"],

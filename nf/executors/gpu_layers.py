@@ -55,7 +55,7 @@ class Layers:
     def begin(self, stream: int) -> None:
         """Token ids → hidden states; what the layers share: rows of the cache, plans of attention."""
         kernels, buffers, inputs = self._kernels, self._memory.buffers, self._memory.inputs.pointers
-        kernels.embed(
+        kernels.embed.launch(
             table=self._memory.weights.embed,
             hidden=buffers["hidden"],
             tokens=buffers["tokens"],
@@ -68,11 +68,11 @@ class Layers:
             sms=self._sms,
             stream=stream,
         )
-        kernels.forks(
+        kernels.forks.launch(
             tokens=buffers["tokens"], forks=inputs["forks"], count=inputs["num_forks"], sms=self._sms, stream=stream,
             pdl=True,
         )  # fmt: skip
-        kernels.kv_rows(
+        kernels.kv_rows.launch(
             rows=buffers["kv_rows"],
             positions=inputs["positions"],
             qo_indptr=inputs["qo_indptr"],
@@ -121,7 +121,7 @@ class Layers:
     def sample(self, stream: int) -> None:
         """A token for each row of logits."""
         inputs, outputs = self._memory.inputs, self._memory.outputs
-        self._kernels.sampler(
+        self._kernels.sampler.launch(
             logits=self._memory.buffers["logits"],
             stride=self._config.vocab_size,
             arrays=inputs.sampling,
@@ -138,12 +138,12 @@ class Layers:
         """Fill the logits of the hidden states of ``rows``, a device pointer; ``count`` points to how many there are,
         at most ``capacity``."""
         config, buffers = self._config, self._memory.buffers
-        self._kernels.gather_norm(
+        self._kernels.gather_norm.launch(
             hidden=buffers["hidden"], weight=self._memory.weights.final_norm, normed=buffers["logit_rows"], rows=rows,
             count=count, start=0, stop=capacity, sms=self._sms, stream=stream, pdl=pdl,
         )  # fmt: skip
         gemm = self._gemm("lm_head", config.vocab_size, config.hidden_size, capacity, self._sms, output="float32")
-        gemm(
+        gemm.launch(
             x=buffers["logit_rows"],
             w=self._memory.weights.lm_head,
             y=buffers["logits"],
@@ -155,7 +155,7 @@ class Layers:
 
     def _norm(self, step: LayerStep, lane: Lane, pdl: bool) -> None:
         buffers = self._memory.buffers
-        self._kernels.norm(
+        self._kernels.norm.launch(
             hidden=buffers["hidden"], weight=self._weight(step, step.operation.name), normed=buffers["normed"],
             **self._rows(step, lane), pdl=pdl,
         )  # fmt: skip
@@ -168,7 +168,7 @@ class Layers:
 
     def _rope_append(self, step: LayerStep, lane: Lane, pdl: bool) -> None:
         buffers, has_norms = self._memory.buffers, self._config.qk_norm
-        self._kernels.rope_append(
+        self._kernels.rope_append.launch(
             qkv=buffers["qkv"],
             kv=self._kv(step),
             table=buffers["rotary"],
@@ -182,7 +182,7 @@ class Layers:
 
     def _decode_attention(self, step: LayerStep, lane: Lane, pdl: bool) -> None:
         buffers, inputs = self._memory.buffers, self._memory.inputs.pointers
-        self._kernels.decode_attention(
+        self._kernels.decode_attention.launch(
             q=buffers["qkv"],
             q_stride=self._config.qkv_size,
             kv=self._kv(step),
@@ -198,7 +198,7 @@ class Layers:
 
     def _prefill_attention(self, step: LayerStep, lane: Lane, pdl: bool) -> None:
         buffers = self._memory.buffers
-        self._kernels.prefill_attention(
+        self._kernels.prefill_attention.launch(
             buffers["qkv"],
             self._kv(step),
             buffers["attn"],
@@ -246,7 +246,7 @@ class Layers:
             step.operation.name, 2 * config.intermediate_size, config.hidden_size, own["max_rows"], lane.sms, "swiglu",
             num_experts=config.num_experts,
         )  # fmt: skip
-        gemm(
+        gemm.launch(
             x=own["permuted"], w=self._weight(step, "moe_gate_up_proj"), y=own["activated"], rows=own["num_rows"],
             tile_experts=own["tile_experts"], stream=lane.stream,
         )  # fmt: skip
@@ -259,7 +259,7 @@ class Layers:
             step.operation.name, config.hidden_size, config.intermediate_size, own["max_rows"], lane.sms,
             num_experts=config.num_experts,
         )  # fmt: skip
-        gemm(
+        gemm.launch(
             x=own["activated"], w=self._weight(step, "moe_down_proj"), y=own["expert_down"], rows=own["num_rows"],
             tile_experts=own["tile_experts"], stream=lane.stream,
         )  # fmt: skip
@@ -287,7 +287,7 @@ class Layers:
         gemm = self._gemm(step.operation.name, n, k, capacity, lane.sms, epilogue)
         columns = n // 2 if epilogue == "swiglu" else n
         target = buffers[y] + step.start * columns * BF16.itemsize
-        gemm(
+        gemm.launch(
             x=buffers[x] + step.start * k * BF16.itemsize,
             w=self._weight(step, step.operation.name),
             y=target,

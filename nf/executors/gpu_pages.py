@@ -64,17 +64,17 @@ class KvPages:
         if swaps or self._host.done():
             there, host_stride = self._host.result().pointer, self._host_layer_bytes
             if len(batch.swap_out):
-                copy(
+                copy.launch(
                     source=here, source_stride=stride, destination=there, destination_stride=host_stride,
                     pairs=inputs["swap_out"], count=inputs["num_swap_out"], sms=sms, stream=stream,
                 )  # fmt: skip
             if len(batch.swap_in):
-                copy(
+                copy.launch(
                     source=there, source_stride=host_stride, destination=here, destination_stride=stride,
                     pairs=inputs["swap_in"], count=inputs["num_swap_in"], sms=sms, stream=stream,
                 )  # fmt: skip
         if len(batch.page_copies):
-            copy(
+            copy.launch(
                 source=here, source_stride=stride, destination=here, destination_stride=stride,
                 pairs=inputs["page_copies"], count=inputs["num_page_copies"], sms=sms, stream=stream,
             )  # fmt: skip
@@ -83,7 +83,7 @@ class KvPages:
         """Enqueue N(0, 1) for every key and value, for benchmarks: zeros take less power than real data."""
         for layer in range(self._memory.num_bytes // self.layer_bytes if self.layer_bytes else 0):
             count = self.layer_bytes // BF16_BYTES
-            fill(self.pointer + layer * self.layer_bytes, count, seed=seed, tensor=layer, std=1.0, stream=stream)
+            fill.launch(self.pointer + layer * self.layer_bytes, count, seed=seed, tensor=layer, std=1.0, stream=stream)
 
     def free(self) -> None:
         """Give all memory back; idempotent. No copy may be under way."""

@@ -32,7 +32,7 @@ AROUND = 3  # spans that stand around the layers
 class _Stamps:
     """Where the stamps of a graph go, and which of them are a span's."""
 
-    launch: Stamp
+    stamp: Stamp
     memory: DeviceMemory
     count: int = 0
     latest: dict[int, int] = field(default_factory=dict)  # of each stream
@@ -48,7 +48,7 @@ class _Stamps:
 
     def _stamp(self, stream: int) -> int:
         number = self.count
-        self.launch(self.memory.pointer + number * STAMP_BYTES, stream=stream)
+        self.stamp.launch(self.memory.pointer + number * STAMP_BYTES, stream=stream)
         self.count += 1
         return number
 

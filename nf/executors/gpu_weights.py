@@ -130,7 +130,7 @@ def random_device_weights(model: Model, seed: int, std: float = 0.02) -> DeviceW
             for tensor, (weight, _, place) in enumerate(_placed(model, places)):
                 pointer, count = memory.pointer + place, math.prod(weight.shape)
                 if len(weight.shape) > 1:
-                    fill(pointer, count, seed=seed, tensor=tensor, std=std, stream=stream.handle)
+                    fill.launch(pointer, count, seed=seed, tensor=tensor, std=std, stream=stream.handle)
                 else:
                     constant = _ONE if weight.name.endswith("_norm") else 0
                     checked(driver.cuMemsetD16Async(pointer, constant, count, stream.handle))

@@ -190,7 +190,7 @@ class GpuBench:
         arrays = buffer_layout(self._config, self._sizes, plans, sms).sizes
         todo = [(self._memory.buffers[name], arrays[name]) for name in RANDOM_BUFFERS if name in arrays]
         for number, (pointer, num_bytes) in enumerate(todo):
-            fill(pointer, num_bytes // 2, seed=1, tensor=number, std=1.0, stream=stream.handle)
+            fill.launch(pointer, num_bytes // 2, seed=1, tensor=number, std=1.0, stream=stream.handle)
         pages.randomize(fill, 2, stream.handle)
         stream.synchronize()
 

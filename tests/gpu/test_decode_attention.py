@@ -76,7 +76,7 @@ class Case:
         )
         for _ in range(launches):
             out = torch.full((len(self.q), self.shape.num_heads * self.shape.head_dim), NAN, device="cuda").bfloat16()
-            kernel(
+            kernel.launch(
                 q=self.q.data_ptr(),
                 q_stride=self.q.stride(0),
                 kv=self.cache.data_ptr(),
@@ -231,7 +231,7 @@ def test_replays_with_other_lengths() -> None:
             stream=stream,
         )
         for pdl in (False, True):
-            kernel(
+            kernel.launch(
                 q=case.q.data_ptr(),
                 q_stride=case.q.stride(0),
                 kv=case.cache.data_ptr(),

@@ -41,7 +41,7 @@ def test_embed(hidden_size: int, count: int, start: int, stop: int) -> None:
     for i in range(done.start, done.stop):
         if token_ids[i] >= 0:
             expected[token_slots[i], positions[i]] = token_ids[i]
-    gather.Embed(KernelLoader(artifacts(gather.sources(), "sm_90a")), hidden_size, length)(
+    gather.Embed(KernelLoader(artifacts(gather.sources(), "sm_90a")), hidden_size, length).launch(
         table=table.data_ptr(), hidden=hidden.data_ptr(), tokens=tokens.data_ptr(), token_ids=arrays[0].data_ptr(),
         token_slots=arrays[1].data_ptr(), positions=arrays[2].data_ptr(), count=arrays[3].data_ptr(),
         start=start, stop=stop, sms=3, stream=stream(), pdl=True,
@@ -62,7 +62,7 @@ def test_page_copies(page_bytes: int, count: int) -> None:
     expected = cache.clone()
     expected[:, pairs[:count, 1]] = cache[:, pairs[:count, 0]]
     listed, number = int32(pairs), int32([count])
-    copies.PageCopy(KernelLoader(artifacts(copies.sources(), "sm_90a")), layers=layers, page_bytes=page_bytes)(
+    copies.PageCopy(KernelLoader(artifacts(copies.sources(), "sm_90a")), layers=layers, page_bytes=page_bytes).launch(
         source=cache.data_ptr(), destination=cache.data_ptr(), pairs=listed.data_ptr(),
         count=number.data_ptr(), source_stride=pages * page_bytes, destination_stride=pages * page_bytes,
         sms=2, stream=stream(),
@@ -85,7 +85,7 @@ def test_pages_swap_to_pinned_memory_and_back(monkeypatch: pytest.MonkeyPatch) -
         ([[4, 6], [1, 0]], away, here),
     ):
         listed, number = int32(pairs), int32([2])
-        copy(
+        copy.launch(
             source=source, destination=target, pairs=listed.data_ptr(), count=number.data_ptr(),
             source_stride=source_stride, destination_stride=target_stride, sms=1, stream=stream(),
         )  # fmt: skip
@@ -103,7 +103,7 @@ def test_forks(count: int) -> None:
     for source, destination, length in forks[:count]:
         expected[destination, :length] = tokens[source, :length]
     listed, number = int32(forks), int32([count])
-    copies.RowForks(KernelLoader(artifacts(copies.sources(), "sm_90a")), 1001)(
+    copies.RowForks(KernelLoader(artifacts(copies.sources(), "sm_90a")), 1001).launch(
         tokens=tokens.data_ptr(), forks=listed.data_ptr(), count=number.data_ptr(), sms=2, stream=stream()
     )
     assert torch.equal(tokens, expected)

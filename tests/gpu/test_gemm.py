@@ -100,7 +100,7 @@ class Product:
             "extra": self.extra.data_ptr(),
             "rows": self.count.data_ptr(),
         }
-        gemm(**(pointers | changes), stream=stream())
+        gemm.launch(**(pointers | changes), stream=stream())
 
     def expected(self) -> Any:
         result = self.x.double() @ self.w.double().T
@@ -168,7 +168,7 @@ def test_captured_once_it_serves_any_number_of_rows(kernels: GemmKernels, capaci
     product.launch(gemm, capacity)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        gemm(
+        gemm.launch(
             x=product.x.data_ptr(),
             w=product.w.data_ptr(),
             y=product.y.data_ptr(),
@@ -200,7 +200,7 @@ def test_each_kernel_waits_for_the_one_before(kernels: GemmKernels, rows: int) -
         x = start
         for i, w in enumerate(weights):
             y = buffers[i % 2]
-            gemm(x=x.data_ptr(), w=w.data_ptr(), y=y.data_ptr(), rows=count.data_ptr(), stream=stream())
+            gemm.launch(x=x.data_ptr(), w=w.data_ptr(), y=y.data_ptr(), rows=count.data_ptr(), stream=stream())
             x = y
         error = (x.double() - wanted.double()).norm() / wanted.double().norm()
         assert float(error) < NORM_ERROR["bfloat16"] * links**0.5

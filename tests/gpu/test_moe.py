@@ -255,11 +255,11 @@ class Block:
             normed=tokens.normed.data_ptr(), experts=of_choices["experts"], permuted=self.permuted.data_ptr(),
             places=places, num_rows=rows, **of_tiles, **tokens.range, sms=132, **how,
         )  # fmt: skip
-        self.up_product(
+        self.up_product.launch(
             x=self.permuted.data_ptr(), w=self.gate_up.data_ptr(), y=self.activated.data_ptr(),
             rows=rows, **of_tiles, stream=stream(),
         )  # fmt: skip
-        self.down_product(
+        self.down_product.launch(
             x=self.activated.data_ptr(), w=self.down.data_ptr(), y=self.results.data_ptr(),
             rows=rows, **of_tiles, stream=stream(),
         )  # fmt: skip

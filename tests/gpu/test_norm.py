@@ -34,7 +34,7 @@ def check(variant: Variant, hidden_size: int, rows: int, count: int, start: int,
     listed = torch.randint(0, rows + 3, (rows,), device="cuda", dtype=torch.int32)
     normed = torch.full((rows, hidden_size), NAN, device="cuda").bfloat16()
     before, pointer = hidden.clone(), torch.tensor([count], device="cuda", dtype=torch.int32)
-    kernel(
+    kernel.launch(
         hidden=hidden.data_ptr(), weight=weight.data_ptr(), normed=normed.data_ptr(), delta=delta.data_ptr(),
         rows=listed.data_ptr(), count=pointer.data_ptr(), start=start, stop=stop, sms=sms,
         stream=torch.cuda.current_stream().cuda_stream, pdl=True,

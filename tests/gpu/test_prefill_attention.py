@@ -105,7 +105,7 @@ class Case:
         )
 
     def attend(self, kernel: PrefillAttention, plan: Any, out: Any, sms: int = 132, *, pdl: bool = False) -> None:
-        kernel(
+        kernel.launch(
             self.q.data_ptr(),
             self.cache.data_ptr(),
             out.data_ptr(),

@@ -66,7 +66,7 @@ class Case:
 
     def rows(self) -> Any:
         rows = torch.full((self.tokens + 5,), -7, device="cuda", dtype=torch.int32)
-        KvRows(KernelLoader(artifacts(sources(), "sm_90a")), self.shape.page_size)(
+        KvRows(KernelLoader(artifacts(sources(), "sm_90a")), self.shape.page_size).launch(
             rows=rows.data_ptr(), positions=self.positions.data_ptr(), qo_indptr=self.qo_indptr.data_ptr(),
             kv_indptr=self.kv_indptr.data_ptr(), kv_indices=self.kv_indices.data_ptr(),
             num_tokens=self.num_tokens.data_ptr(), num_seqs=self.num_seqs.data_ptr(),
@@ -75,7 +75,7 @@ class Case:
         return rows
 
     def run(self, rows: Any, start: int, stop: int, *, q: Any = None, sms: int = 132) -> None:
-        RopeAppend(KernelLoader(artifacts(sources(), "sm_90a")), self.shape)(
+        RopeAppend(KernelLoader(artifacts(sources(), "sm_90a")), self.shape).launch(
             qkv=self.qkv.data_ptr(), kv=self.cache.data_ptr(), table=self.table.data_ptr(), rows=rows.data_ptr(),
             positions=self.positions.data_ptr(), count=self.num_tokens.data_ptr(), start=start, stop=stop,
             sms=sms, stream=stream(), q=0 if q is None else q.data_ptr(), q_stride=0 if q is None else q.shape[1],

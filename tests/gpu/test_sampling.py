@@ -51,7 +51,7 @@ class Launch:
         self.out = [device(array) for array in poisoned(total)]
 
     def __call__(self) -> None:
-        self.kernel(
+        self.kernel.launch(
             logits=self.wide.data_ptr(), stride=self.wide.shape[1], tokens=self.tokens.data_ptr(),
             arrays=sampling.SamplingArrays(**{name: array.data_ptr() for name, array in self.arrays.items()}),
             token_ids=self.chosen.data_ptr(), workspace=self.workspace.data_ptr(),
@@ -104,7 +104,7 @@ class TestPromptLogprobs(PromptLogprobsTests):
         wide, out = device(padded(logits, dtype)), [device(array) for array in poisoned(len(rows.targets))]
         count, targets, wanted = (device(array) for array in (rows.count, rows.targets, rows.wanted))
         loader, vocab_size = KernelLoader(artifacts(sampling.sources(), "sm_90a")), logits.shape[1]
-        sampling.PromptLogprobs(loader, dtype, vocab_size=vocab_size)(
+        sampling.PromptLogprobs(loader, dtype, vocab_size=vocab_size).launch(
             logits=wide.data_ptr(), stride=wide.shape[1], count=count.data_ptr(), start=rows.start, stop=rows.stop,
             targets=targets.data_ptr(), wanted=wanted.data_ptr(), sms=sms,
             stream=torch.cuda.current_stream().cuda_stream,

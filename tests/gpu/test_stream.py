@@ -19,7 +19,7 @@ def test_copy(size: int, threads: int) -> None:
     source = torch.randint(0, 256, ((1 << 22) + 16,), device="cuda", dtype=torch.uint8)
     target = torch.zeros_like(source)
     copy = stream.StreamCopy(KernelLoader(artifacts([stream.COPY], "sm_90a")), threads=threads)
-    copy(source.data_ptr(), target.data_ptr(), size, stream=torch.cuda.current_stream().cuda_stream, pdl=True)
+    copy.launch(source.data_ptr(), target.data_ptr(), size, stream=torch.cuda.current_stream().cuda_stream, pdl=True)
     done = size // 16 * 16
     assert torch.equal(target[:done], source[:done])
     assert not target[done:].any()
@@ -30,7 +30,7 @@ def test_copy(size: int, threads: int) -> None:
 def test_read_ends(warps: int, stages: int, sms: int) -> None:
     memory = torch.empty(1 << 24, device="cuda", dtype=torch.uint8)
     read = stream.StreamRead(KernelLoader(artifacts([stream.READ], "sm_90a")), warps=warps, stages=stages)
-    read(memory.data_ptr(), memory.numel(), sms=sms, stream=torch.cuda.current_stream().cuda_stream)
+    read.launch(memory.data_ptr(), memory.numel(), sms=sms, stream=torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
 
 
@@ -45,9 +45,9 @@ def test_stamps_are_of_one_clock_in_nanoseconds() -> None:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for _ in range(2):  # once to load the kernels
         start.record()
-        stamp(out.data_ptr(), stream=on)
-        copy(source.data_ptr(), target.data_ptr(), source.numel(), stream=on)
-        stamp(out.data_ptr() + 8, stream=on)
+        stamp.launch(out.data_ptr(), stream=on)
+        copy.launch(source.data_ptr(), target.data_ptr(), source.numel(), stream=on)
+        stamp.launch(out.data_ptr() + 8, stream=on)
         end.record()
     torch.cuda.synchronize()
     first, last, never = out.tolist()

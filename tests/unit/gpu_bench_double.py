@@ -55,6 +55,8 @@ class Kernel:
     def __call__(self, *_values: Any, **_named: Any) -> None:
         LAUNCHED.append(self.name)
 
+    launch = __call__
+
     def __getattr__(self, name: str) -> Kernel:
         return Kernel(f"{self.name}.{name}")
 

@@ -97,7 +97,8 @@ class Cupy(ModuleType):
             random=lambda shape: give(generator.random(shape)),
             standard_normal=lambda shape, dtype: give(np.zeros(shape, dtype)),
         )
-        stream = SimpleNamespace(ptr=STREAM, synchronize=lambda: None)
+        calls = dict.fromkeys(("synchronize", "begin_capture", "end_capture"), lambda: None)
+        stream = SimpleNamespace(ptr=STREAM, **calls)
         device = SimpleNamespace(synchronize=lambda: None, attributes={"MultiProcessorCount": SMS}, id=0)
         self.cuda = SimpleNamespace(Device=lambda: device, Stream=lambda **_: stream, get_current_stream=lambda: stream)
 
@@ -120,12 +121,11 @@ class Loader:
             assert isinstance(pdl, bool)
             self._check(source, values, stream)
 
-        launch.relaunch = lambda: None  # type: ignore[attr-defined]
-        return launch
+        return SimpleNamespace(launch=launch, relaunch=lambda: None)
 
     def cute(self, name: str) -> Any:
         source = self._sources[name]
-        return lambda *values, stream: self._check(source, values, stream)
+        return SimpleNamespace(launch=lambda *values, stream: self._check(source, values, stream))
 
     def _check(self, source: KernelSource, values: tuple[Any, ...], stream: int) -> None:
         assert stream == STREAM

@@ -52,7 +52,7 @@ class Emulated:
         workspace[:256] = 0
         readable.append(workspace)
         for _ in range(2):  # the second finds the counters as the first one did
-            sampler(
+            sampler.launch(
                 logits=pointer(wide), stride=wide.shape[1],
                 arrays=sampling.SamplingArrays(**{name: pointer(array) for name, array in arrays.items()}),
                 tokens=pointer(tokens), token_ids=pointer(chosen),
@@ -87,7 +87,7 @@ class TestPromptLogprobs(Emulated, PromptLogprobsTests):
     def run_prompt(self, logits: Any, dtype: str, rows: PromptRows, *, sms: int) -> Result:
         wide, out = aligned(padded(logits, dtype)), poisoned(len(rows.targets))
         loader: Any = EmulatedLoader(self.kernels, readable=[wide], seed=next(SEEDS), copies=self.copies)
-        sampling.PromptLogprobs(loader, dtype, vocab_size=logits.shape[1])(
+        sampling.PromptLogprobs(loader, dtype, vocab_size=logits.shape[1]).launch(
             logits=pointer(wide), stride=wide.shape[1], count=pointer(rows.count), start=rows.start, stop=rows.stop,
             targets=pointer(rows.targets), wanted=pointer(rows.wanted),
             logprobs=sampling.LogprobArrays(*map(pointer, out)), sms=sms, stream=0,

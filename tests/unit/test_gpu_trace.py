@@ -95,7 +95,7 @@ def trace(card: Card) -> Any:
         sample=lambda stream: card.launch("sample", stream),
     )
     stream: Any = SimpleNamespace(handle=ORIGIN, synchronize=lambda: None)
-    stamp: Any = card.stamp
+    stamp: Any = SimpleNamespace(launch=card.stamp)
     return capture_traced(layers, unroll(nano_batch_plan(LLAMA, 64), LLAMA, 2), LANES, stream, stamp)
 
 

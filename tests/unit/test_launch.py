@@ -105,7 +105,7 @@ def test_the_driver_gets_each_launch_as_it_was_asked_for(driver: Driver) -> None
         ((1, 2, 3, 1.0, 4, 6), 1, 1024, 8, False),
     ]
     for values, grid, block, stream, pdl in calls:
-        kernel(*values, grid=grid, block=block, stream=stream, pdl=pdl)
+        kernel.launch(*values, grid=grid, block=block, stream=stream, pdl=pdl)
     assert driver.launches == [
         {
             "grid": (grid, 1, 1),
@@ -123,10 +123,10 @@ def test_a_refused_launch_says_so(driver: Driver) -> None:
     kernel = load.CudaKernel(Artifact(SOURCE, Path("k.cubin"), ()))
     driver.status = 700
     with pytest.raises(load.LaunchError, match=r"^k: launching it failed with CUDA error 700$"):
-        kernel(1, 2, 3, 4.0, 5, 6, grid=1, block=32, stream=0)
+        kernel.launch(1, 2, 3, 4.0, 5, 6, grid=1, block=32, stream=0)
     driver.status = 2
     with pytest.raises(DeviceMemoryError, match=r"^k: launching it needs .*: 0\.50 of 16\.00 GiB are free$"):
-        kernel(1, 2, 3, 4.0, 5, 6, grid=1, block=32, stream=0)
+        kernel.launch(1, 2, 3, 4.0, 5, 6, grid=1, block=32, stream=0)
 
 
 def test_what_a_loader_has_loaded_is_unloaded_with_it(driver: Driver) -> None:
