@@ -19,6 +19,7 @@
 // Configuration: HEAD_DIM (64, 128), PAGE_SIZE (16, 32, 64), TILE keys per stage.
 #include "decode_plan.cuh"
 #include "hopper.cuh"
+#include "memory.cuh"
 
 constexpr int HALVES = HEAD_DIM / 64;                       // slabs of 64 columns (128-byte rows) of K, and of V
 constexpr int BLOCK = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;  // keys of a stage that come from one page
@@ -57,44 +58,12 @@ struct Note {
 enum : int { OPENS = 1, CLOSES = 2, WHOLE = 4, HAS_Q = 8, PLAIN = TILE << 16 };
 
 __device__ __forceinline__ Note read_note(uint32_t from) {
-    Note note;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(note.flags), "=r"(note.row), "=r"(note.head), "=r"(note.slot)
-                 : "r"(from)
-                 : "memory");
-    return note;
+    const uint4 words = load_shared_16(from);
+    return {int(words.x), int(words.y), int(words.z), int(words.w)};
 }
 
 __device__ __forceinline__ void write_note(uint32_t to, const Note& note) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(note.flags), "r"(note.row), "r"(note.head),
-                 "r"(note.slot)
-                 : "memory");
-}
-
-// ---- Reads that nobody waits for before their value is used ----
-
-// As plain conditional reads, these would be waited for where control flow joins again.
-template <class Word>
-__device__ __forceinline__ void read_if(bool wanted, Word& value, const Word* from) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.b32 %0, [%1];\n}\n"
-                 : "+r"(value)
-                 : "l"(from), "r"(int(wanted))
-                 : "memory");
-}
-
-__device__ __forceinline__ void read_if(bool wanted, int4& value, const int4* from) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
-                 : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
-                 : "l"(from), "r"(int(wanted))
-                 : "memory");
-}
-
-// Counts to `last`, then from zero again. (An add would be waited for: the compiler makes one of those of all lanes.)
-__device__ __forceinline__ void count_if(bool wanted, int& before, int* counter, int last) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p atom.global.inc.u32 %0, [%1], %2;\n}\n"
-                 : "+r"(before)
-                 : "l"(counter), "r"(last), "r"(int(wanted))
-                 : "memory");
+    store_shared_16(to, {uint32_t(note.flags), uint32_t(note.row), uint32_t(note.head), uint32_t(note.slot)});
 }
 
 // Where a lane finds its query fragments of a group, the second operand of K·Qᵀ: 4 bytes, and so every 16. Places
@@ -107,9 +76,7 @@ __device__ __forceinline__ const uint32_t* q_at(const Arguments& arguments, int 
 
 __device__ __forceinline__ void read_q(uint32_t (&q)[STEPS][2], const uint32_t* from) {
 #pragma unroll
-    for (int i = 0; i < 2 * STEPS; ++i) {
-        asm volatile("ld.global.b32 %0, [%1];" : "=r"(q[i / 2][i % 2]) : "l"(from + 4 * i));
-    }
+    for (int i = 0; i < 2 * STEPS; ++i) q[i / 2][i % 2] = load_early(from + 4 * i);
 }
 
 // ---- What to copy next ----
@@ -219,8 +186,8 @@ struct Source {
     // Read what the tiles to come will need.
     __device__ __forceinline__ void read_ahead(bool new_row, bool new_batch) {
         if (opens) {
-            const uint32_t* q_from = q_at(arguments, row, head, lane);
-            asm volatile("" : "+l"(q_from));  // now: later, registers for it would have to wait for the reads below
+            // Now: later, registers for it would have to wait for the reads below.
+            const uint32_t* q_from = kept(q_at(arguments, row, head, lane));
             const bool last_head = head + 1 == arguments.num_kv_heads;
             const int row_left = (arguments.num_kv_heads - head) * (end_tile - first_tile) - (tile - first_tile);
             const bool into_next_row = left > row_left, into_next_group = left > end_tile - tile;
@@ -468,13 +435,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
     const char* q, const char* kv, char* out, const int* kv_lens, const int* kv_indptr, const int* kv_indices,
     void* plan_memory, float4* part_out, float4* part_stats, int num_kv_heads, int group, int q_stride,
     int out_stride, int window, int max_spans, int stages, float scale_log2) {
-    extern __shared__ __align__(1024) char shared[];
+    extern __shared__ __align__(1024) char shared_memory[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const uint32_t all_notes = shared_address(shared) + warps * stages * STAGE_BYTES;
-    uint32_t ring = shared_address(shared) + warp * stages * STAGE_BYTES;
-    uint32_t notes = all_notes + warp * stages * sizeof(Note);
-    uint32_t barriers = all_notes + warps * stages * sizeof(Note) + warp * stages * 8;
-    asm volatile("" : "+r"(ring), "+r"(notes), "+r"(barriers));  // or they are computed anew for every tile
+    // Kept, or they are computed anew for every tile.
+    const uint32_t all_notes = shared_address(shared_memory) + warps * stages * STAGE_BYTES;
+    const uint32_t ring = kept(shared_address(shared_memory) + warp * stages * STAGE_BYTES);
+    const uint32_t notes = kept(all_notes + warp * stages * sizeof(Note));
+    const uint32_t barriers = kept(all_notes + warps * stages * sizeof(Note) + warp * stages * 8);
     if (lane < stages) barrier_init(barriers + 8 * lane, 1);
     barrier_init_fence();
     __syncwarp();
@@ -494,9 +461,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
     source.start(worker, span_head, span_tail);
 
     // Lane's fragment addresses in stage 0; the step is in the address bits that the swizzle flips.
-    uint32_t k_lane = ring + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
-    uint32_t v_lane = ring + (lane % 8 + lane / 16 * 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
-    asm volatile("" : "+r"(k_lane), "+r"(v_lane));
+    const uint32_t k_lane = kept(ring + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16);
+    const uint32_t v_lane = kept(ring + (lane % 8 + lane / 16 * 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16);
 
     int copying = 0, stage = 0, parity = 0;
     for (int i = 0; i < stages; ++i) {
@@ -505,16 +471,14 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
     __syncwarp();
     Note next = read_note(notes);
 
-    // The tile before: its scores, its values, what is noted about it. In the beginning one without weight.
+    // The tile before: its scores, its values, what is noted about it. In the beginning none, and what adding it yields is
+    // cleared when the first segment opens.
     uint32_t q_now[STEPS][2];
     Accumulator sums;
-    Scores scores;
+    sums.clear();
+    Scores scores = {};
     Values values = {};
     Note before = {};
-    sums.clear();
-    sums.top[0] = sums.top[1] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < SUBTILES; ++i) scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = NEGATIVE_INFINITY;
 
     // Take the tile in the stage into registers and copy another there; add the tile before.
     const auto take_tile = [&](auto tiles) {

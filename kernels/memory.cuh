@@ -32,12 +32,55 @@ __device__ __forceinline__ int load_input(const int* source) {
     return value;
 }
 
+// Reads that nobody waits for before their value is used. As plain conditional reads they would be waited for where control
+// flow joins again.
+template <class Word>
+__device__ __forceinline__ void read_if(bool wanted, Word& value, const Word* from) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.b32 %0, [%1];\n}\n"
+                 : "+r"(value)
+                 : "l"(from), "r"(int(wanted))
+                 : "memory");
+}
+
+__device__ __forceinline__ void read_if(bool wanted, int4& value, const int4* from) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
+                 : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
+                 : "l"(from), "r"(int(wanted))
+                 : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_early(const uint32_t* from) {
+    uint32_t value;
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+}
+
+// Counts to `last`, then from zero again. (An add would be waited for: the compiler makes one of those of all lanes.)
+__device__ __forceinline__ void count_if(bool wanted, int& before, int* counter, int last) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p atom.global.inc.u32 %0, [%1], %2;\n}\n"
+                 : "+r"(before)
+                 : "l"(counter), "r"(last), "r"(int(wanted))
+                 : "memory");
+}
+
 __device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
 // The same value, which the compiler does not know: what follows from it is worked out anew where it is needed.
 __device__ __forceinline__ float opaque(float x) {
     asm("" : "+f"(x));
+    return x;
+}
+
+// The same value, worked out here and kept: where it is used it is not worked out anew.
+__device__ __forceinline__ uint32_t kept(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+template <class T>
+__device__ __forceinline__ const T* kept(const T* x) {
+    asm volatile("" : "+l"(x));
     return x;
 }
 
@@ -75,6 +118,11 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
                  : "r"(address)
                  : "memory");
     return v;
+}
+
+__device__ __forceinline__ void store_shared_16(uint32_t address, const uint4& v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
 __device__ __forceinline__ void add_shared(uint32_t address, uint32_t value) {

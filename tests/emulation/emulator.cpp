@@ -45,13 +45,6 @@ struct Fiber {
     std::vector<Copy> open;
 };
 
-// What a lane brought to its warp's meeting. Two, since one lane may come to the next while others still look at the last.
-struct Brought {
-    int kind;
-    bool predicate;
-    uint32_t value;
-};
-
 struct Barrier {
     uint32_t arrivals, missing;
     long bytes;
@@ -71,7 +64,7 @@ struct Range {
 enum Promptness { AT_ONCE, LATE, BY_CHANCE };
 
 Fiber fibers[MOST_THREADS];
-Brought brought[2][MOST_THREADS];
+Brought brought[2][MOST_THREADS];  // two, since one lane may come to the next while others still look at the last
 std::map<uint32_t, Barrier> barriers;
 std::vector<BulkCopy> bulk_copies;
 std::vector<Range> readable;
@@ -211,17 +204,15 @@ int meet_cta(bool predicate) {
     return cta_count;
 }
 
-Met meet_warp(int kind, bool predicate, uint32_t value, int lane) {
+const Brought* meet_warp(int kind, const uint32_t* words, int count) {
     const unsigned own = threadIdx.x, first = own / WARP * WARP;
     Brought* const meeting = brought[self().meetings++ % 2];
-    meeting[own] = {kind, predicate, value};
+    meeting[own].kind = kind;
+    memcpy(meeting[own].words, words, count * sizeof *words);
     yield(Waits::FOR_WARP);
-    Met met{false, meeting[first + (lane & (WARP - 1))].value};
-    for (int i = 0; i < WARP; ++i) {
+    for (int i = 0; i < WARP; ++i)
         if (meeting[first + i].kind != kind) fail("lanes of a warp meet at different places");
-        met.any |= meeting[first + i].predicate;
-    }
-    return met;
+    return meeting + first;
 }
 
 void may_yield() {

@@ -19,12 +19,14 @@ extern bool dependencies_met;  // grid_dependency_wait() was called in this CTA
 // All threads of the CTA; returns how many of them came with a true predicate.
 int meet_cta(bool predicate);
 
-// All lanes of the warp; `kind` must be the same for all. Whether any came with a true predicate, and a lane's value.
-struct Met {
-    bool any;
-    uint32_t value;
+// All lanes of the warp; `kind` must be the same for all. Returns what each lane brought, up to MOST_WORDS words of it,
+// until the warp's next meeting but one.
+constexpr int MOST_WORDS = 6;
+struct Brought {
+    int kind;
+    uint32_t words[MOST_WORDS];
 };
-Met meet_warp(int kind, bool predicate, uint32_t value, int lane);
+const Brought* meet_warp(int kind, const uint32_t* words, int count);
 
 // Sometimes let others go first: where threads race, so that tests see more than one outcome.
 void may_yield();

@@ -27,6 +27,10 @@ struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
+
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -35,19 +39,25 @@ extern char shared_memory_bytes[] __asm__("shared_memory");  // kernels call it 
 
 // ---- Threads ----
 
-enum Meeting { SYNC, ANY, SHUFFLE, ELECT };
+enum Meeting { SYNC, ANY, SHUFFLE, ELECT, LOAD_MATRICES, TRANSPOSE, MULTIPLY };
 
 inline unsigned lane_of_thread() { return threadIdx.x % 32; }
 inline void __syncthreads() { emulator::meet_cta(false); }
 inline int __syncthreads_count(int predicate) { return emulator::meet_cta(predicate); }
-inline void __syncwarp() { emulator::meet_warp(SYNC, false, 0, 0); }
-inline bool __any_sync(unsigned, bool predicate) { return emulator::meet_warp(ANY, predicate, 0, 0).any; }
+inline void __syncwarp() { emulator::meet_warp(SYNC, nullptr, 0); }
+inline bool __any_sync(unsigned, bool predicate) {
+    const uint32_t word = predicate;
+    const emulator::Brought* const lanes = emulator::meet_warp(ANY, &word, 1);
+    bool any = false;
+    for (int i = 0; i < 32; ++i) any |= lanes[i].words[0];
+    return any;
+}
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
     static_assert(sizeof(T) == 4);
     uint32_t word;
     memcpy(&word, &value, 4);
-    word = emulator::meet_warp(SHUFFLE, false, word, lane).value;
+    word = emulator::meet_warp(SHUFFLE, &word, 1)[lane & 31].words[0];
     memcpy(&value, &word, 4);
     return value;
 }
@@ -67,8 +77,12 @@ uint32_t __match_any_sync(unsigned mask, T value) {
     for (int lane = 0; lane < 32; ++lane) same |= static_cast<uint32_t>(__shfl_sync(mask, value, lane) == value) << lane;
     return same;
 }
-inline bool elect_lane() { return emulator::meet_warp(ELECT, false, 0, 0), lane_of_thread() == 0; }
+inline bool elect_lane() { return emulator::meet_warp(ELECT, nullptr, 0), lane_of_thread() == 0; }
 inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* from) {
+    return *from;
+}
 
 // ---- Atomic operations ----
 
@@ -136,6 +150,12 @@ inline float exp2_approximate(float x) {
     const float y = exp2f(x);
     return y < 0x1p-126f ? 0.0f : y;  // denormal numbers are flushed
 }
+inline float reciprocal_approximate(float x) { return 1.0f / x; }
+inline uint32_t round_to_bf16(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t pack_bf16(float low, float high) { return round_to_bf16(low) | round_to_bf16(high) << 16; }
 
 // ---- As in kernels/hopper.cuh ----
 
@@ -154,3 +174,57 @@ inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint3
 }
 inline void async_proxy_fence() {}
 inline void global_async_proxy_fence() {}
+
+// ---- Matrix fragments ----
+
+inline const char* in_shared(uint32_t address, uint32_t bytes) {
+    if (address % bytes || address + bytes > static_cast<uint32_t>(emulator::shared_bytes)) emulator::fail("an access beyond shared memory");
+    return shared_memory_bytes + address;
+}
+
+// Element (row, column) of the 8 × 8 matrix whose rows are at the addresses that 8 lanes brought.
+inline uint32_t matrix_element(const emulator::Brought* rows, int row, int column) {
+    uint16_t element;
+    memcpy(&element, in_shared(rows[row].words[0], 16) + 2 * column, 2);
+    return element;
+}
+
+inline void load_matrices(uint32_t (&fragment)[4], uint32_t row) {
+    const emulator::Brought* const lanes = emulator::meet_warp(LOAD_MATRICES, &row, 1);
+    const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
+    for (int i = 0; i < 4; ++i)
+        fragment[i] = matrix_element(lanes + 8 * i, g, 2 * t) | matrix_element(lanes + 8 * i, g, 2 * t + 1) << 16;
+}
+
+inline void load_matrices_transposed(uint32_t (&fragment)[4], uint32_t row) {
+    const emulator::Brought* const lanes = emulator::meet_warp(LOAD_MATRICES, &row, 1);
+    const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
+    for (int i = 0; i < 4; ++i)
+        fragment[i] = matrix_element(lanes + 8 * i, 2 * t, g) | matrix_element(lanes + 8 * i, 2 * t + 1, g) << 16;
+}
+
+// Of a pair of bf16 values the first or the second.
+inline uint32_t half_of(uint32_t pair, int which) { return pair >> 16 * which & 0xFFFF; }
+inline float float_of(uint32_t pair, int which) { return __uint_as_float(half_of(pair, which) << 16); }
+
+inline uint32_t transpose_matrix(uint32_t values) {
+    const emulator::Brought* const lanes = emulator::meet_warp(TRANSPOSE, &values, 1);
+    const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
+    const auto element = [=](int row, int column) { return half_of(lanes[4 * row + column / 2].words[0], column % 2); };
+    return element(2 * t, g) | element(2 * t + 1, g) << 16;
+}
+
+inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    const emulator::Brought* const lanes = emulator::meet_warp(MULTIPLY, words, 6);
+    const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int lower = i / 2, column = 2 * t + i % 2;
+        float sum = 0.0f;
+        for (int k = 0; k < 16; ++k) {
+            const float left = float_of(lanes[4 * g + k % 8 / 2].words[lower + 2 * (k / 8)], k % 2);
+            sum += left * float_of(lanes[4 * column + k % 8 / 2].words[4 + k / 8], k % 2);
+        }
+        d[i] += sum;
+    }
+}

@@ -9,9 +9,30 @@ inline uint4 load_16(const void* source) {
 inline uint4 load_constant_16(const void* source) { return *static_cast<const uint4*>(source); }
 inline int load_input(const int* source) { return *source; }
 
+template <class Word>
+void read_if(bool wanted, Word& value, const Word* from) {
+    if (!wanted) return;
+    emulator::check_read(from, sizeof(Word));
+    value = *from;
+}
+inline uint32_t load_early(const uint32_t* from) {
+    emulator::check_read(from, 4);
+    return *from;
+}
+inline void count_if(bool wanted, int& before, int* counter, int last) {
+    if (!wanted) return;
+    emulator::may_yield();
+    before = *counter;
+    *counter = before >= last ? 0 : before + 1;
+}
+
 inline float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 inline float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 inline float opaque(float x) { return x; }
+template <class T>
+T kept(T x) {
+    return x;
+}
 inline int thread_index_anew() { return static_cast<int>(threadIdx.x); }
 
 // As max.bf16x2: of NaN and a number the number.
@@ -25,15 +46,13 @@ inline void unpack_bf16(const uint4& v, float (&x)[8]) {
     for (int i = 0; i < 4; ++i) x[2 * i] = bf16_low(words[i]), x[2 * i + 1] = bf16_high(words[i]);
 }
 
-inline uint4 load_shared_16(uint32_t address) {
-    if (address % 16 || address + 16 > static_cast<uint32_t>(emulator::shared_bytes)) emulator::fail("a read beyond shared memory");
-    return *reinterpret_cast<const uint4*>(shared_memory_bytes + address);
-}
+inline uint4 load_shared_16(uint32_t address) { return *reinterpret_cast<const uint4*>(in_shared(address, 16)); }
+inline void store_shared_16(uint32_t address, const uint4& v) { memcpy(const_cast<char*>(in_shared(address, 16)), &v, 16); }
 
 inline void add_shared(uint32_t address, uint32_t value) {
-    if (address % 4 || address + 4 > static_cast<uint32_t>(emulator::shared_bytes)) emulator::fail("an addition beyond shared memory");
+    char* const at = const_cast<char*>(in_shared(address, 4));
     emulator::may_yield();
-    *reinterpret_cast<uint32_t*>(shared_memory_bytes + address) += value;
+    *reinterpret_cast<uint32_t*>(at) += value;
 }
 
 inline void copy_4(void* target, const void* source) { emulator::copy(target, source, 4); }

@@ -1,0 +1,140 @@
+"""Decode attention with its plan and its merging, emulated: warps that walk spans of any rows, against float64.
+
+The arithmetic of a tile is the GPU tests' business; what matters here is that every tile is taken once, with its own
+pages, queries and keys, whatever the lengths and whoever is first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import pytest
+from emulated_kernel import Copies, EmulatedKernel, EmulatedLoader, aligned, pointer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from nf.kernels.decode_attention import (
+    DecodeAttention,
+    DecodeShape,
+    attention_source,
+    merge_source,
+    plan_source,
+    ring_on,
+)
+
+SMS = 132
+CASES = [(64, 16, 1), (128, 32, 1), (64, 16, 3), (64, 64, 66)]
+"""(head_dim, page_size, SMs): a tile has two pages, half of one, two, one."""
+RELATIVE_ERROR = 5e-3  # of a row's norm: weights and outputs are rounded to bf16 (2^-9)
+NAN = 0x7FC0  # as bf16
+OTHERS = 1 << 30  # length of a row that does not decode
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EmulatedKernel]:
+    folder = tmp_path_factory.mktemp("kernels")
+    attention = {attention_source(dim, page, ring_on(sms).tile_keys(dim)) for dim, page, sms in CASES}
+    return {source.name: EmulatedKernel(source, folder) for source in (plan_source(), merge_source(), *attention)}
+
+
+def to_bf16(values: Any) -> Any:
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def to_float64(bits: Any) -> Any:
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def in_cache(keys: Any, page_size: int) -> Any:
+    """[pages, heads, 2, page_size, d] as the cache has it: see nf/kernels/kv_cache.py."""
+    *outer, rows, head_dim = keys.shape
+    chunks = keys.reshape(*outer, rows, head_dim // 64, 8, 8).swapaxes(-4, -3)
+    place = np.arange(8)[None] ^ np.arange(page_size)[:, None] % 8
+    return np.take_along_axis(chunks, place[(None,) * (len(outer) + 1)][..., None], axis=-2)
+
+
+@dataclass
+class Rows:
+    """Rows that decode, and one more; whatever the kernels must not use is NaN or leads outside."""
+
+    kv_lens: list[int]
+    shape: DecodeShape
+    seed: int
+
+    def __post_init__(self) -> None:
+        shape, rng = self.shape, np.random.default_rng(self.seed)
+        pages = [-(-length // shape.page_size) for length in self.kv_lens]
+        self.indptr = aligned(np.array(list(accumulate(pages, initial=0)), np.int32))
+        self.indices = aligned(rng.permutation(sum(pages) + 2)[: max(1, sum(pages))].astype(np.int32))
+        self.lens = aligned(np.array([*self.kv_lens, OTHERS], np.int32))
+        self.q = aligned(to_bf16(rng.normal(size=(len(self.lens), (shape.num_heads + 2) * shape.head_dim))))
+        cache = np.full((sum(pages) + 2, shape.num_kv_heads, 2, shape.page_size, shape.head_dim), NAN, np.uint16)
+        self.dense = []
+        for i, length in enumerate(self.kv_lens):
+            kv = to_bf16(rng.normal(size=(shape.num_kv_heads, 2, length, shape.head_dim)))
+            self.dense.append(kv)
+            padded = np.full((*kv.shape[:2], pages[i] * shape.page_size, shape.head_dim), NAN, np.uint16)
+            padded[:, :, :length] = kv
+            own = self.indices[self.indptr[i] : self.indptr[i + 1]]
+            cache[own] = padded.reshape(*kv.shape[:2], pages[i], shape.page_size, -1).transpose(2, 0, 1, 3, 4)
+        self.cache = aligned(in_cache(cache, shape.page_size))
+
+    def attend(self, kernels: dict[str, EmulatedKernel], sms: int, launches: int, copies: Copies) -> Any:
+        """Outputs of the last of several launches after one plan."""
+        shape = self.shape
+        workspace = aligned(np.full(shape.workspace_bytes(SMS), 0xAB, np.uint8))
+        readable = (self.q, self.cache, self.lens, self.indptr, self.indices, workspace)
+        loader: Any = EmulatedLoader(kernels, readable=readable, seed=self.seed, copies=copies)
+        attention, count = DecodeAttention(loader, shape, sms=SMS), np.array([len(self.kv_lens)], np.int32)
+        table: dict[str, Any] = {"kv_lens": pointer(self.lens), "kv_indptr": pointer(self.indptr)}
+        on: dict[str, Any] = {"workspace": pointer(workspace), "sms": sms, "stream": 0}
+        attention.plan(**table, num_decode=pointer(count), start=0, stop=len(self.lens), **on)
+        for _ in range(launches):
+            out = aligned(np.full((len(self.lens), shape.num_heads * shape.head_dim), NAN, np.uint16))
+            attention.launch(
+                q=pointer(self.q), q_stride=self.q.shape[1], kv=pointer(self.cache), out=pointer(out), **table,
+                kv_indices=pointer(self.indices), **on,
+            )  # fmt: skip
+            assert not workspace[8:12].any()  # tickets
+        return to_float64(out)
+
+    def expected(self, row: int) -> Any:
+        shape = self.shape
+        q = to_float64(self.q[row, : shape.num_heads * shape.head_dim]).reshape(shape.num_kv_heads, shape.group, -1)
+        kv = to_float64(self.dense[row][:, :, -(shape.window or 0) :])
+        scores = np.einsum("ngd,nkd->ngk", q, kv[:, 0]) * shape.head_dim**-0.5
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return np.einsum("ngk,nkd->ngd", weights / weights.sum(-1, keepdims=True), kv[:, 1]).ravel()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@settings(deadline=None, max_examples=25)
+@given(
+    kv_lens=st.lists(st.integers(1, 40) | st.integers(1, 700), max_size=24),
+    group=st.integers(1, 8),
+    window=st.none() | st.integers(1, 300),
+    seed=st.integers(0, 1 << 20),
+    copies=st.sampled_from(Copies),
+)
+@example(kv_lens=[2800] * 9, group=4, window=None, seed=0, copies=Copies.BY_CHANCE)  # on one SM three spans a warp
+@example(kv_lens=[5000, *[1] * 40], group=8, window=None, seed=1, copies=Copies.LATE)
+def test_every_key_counts_once(
+    kernels: dict[str, EmulatedKernel],
+    case: tuple[int, int, int],
+    kv_lens: list[int],
+    group: int,
+    window: int | None,
+    seed: int,
+    copies: Copies,
+) -> None:
+    head_dim, page_size, sms = case
+    rows = Rows(kv_lens, DecodeShape(2 * group, 2, head_dim, page_size, window=window), seed)
+    out = rows.attend(kernels, sms, launches=2, copies=copies)
+    for row in range(len(kv_lens)):
+        expected = rows.expected(row)
+        assert np.linalg.norm(out[row] - expected) < RELATIVE_ERROR * np.linalg.norm(expected), (row, kv_lens[row])
+    assert np.isnan(out[len(kv_lens)]).all()
