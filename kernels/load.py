@@ -1,7 +1,9 @@
 """Loading compiled kernels and launching them on an explicit stream.
 
 Launches go through ctypes: nothing is allocated on the device, a few µs of host time, the same call inside a graph
-capture or not. A loaded kernel keeps its arguments in memory of its own, so one thread launches it at a time.
+capture or not. They are methods by name, here and in the classes around: for ``__call__`` Python would build a
+dictionary of the keyword arguments, which takes as long as the rest. A loaded kernel keeps its arguments in memory of
+its own, so one thread launches it at a time.
 """
 
 from __future__ import annotations

@@ -72,10 +72,15 @@ __device__ __forceinline__ float opaque(float x) {
     return x;
 }
 
-// The same value, worked out here and kept: where it is used it is not worked out anew.
+// The same value, worked out here and kept: where it is used it is not worked out anew, nor what follows from it before.
 __device__ __forceinline__ uint32_t kept(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
+}
+
+__device__ __forceinline__ uint4 kept(uint4 v) {
+    asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+    return v;
 }
 
 template <class T>

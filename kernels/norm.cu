@@ -23,9 +23,6 @@ __device__ __forceinline__ float sum_of_threads(float value, int parity) {
     return total;
 }
 
-// Unpack again after this: keeping the fp32 values would take twice the registers, so fewer rows in flight.
-__device__ __forceinline__ void keep_packed(uint4& v) { asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)); }
-
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, ADD ? 2 : 3) rms_norm(
     uint4* hidden,        // [*, vectors]
     const uint4* delta,   // [*, vectors], ADD
@@ -82,8 +79,9 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, ADD ? 2 : 3) rms_no
 #pragma unroll
             for (int j = 0; j < 8; ++j) squares = fmaf(a[j], a[j], squares);
         }
+        // Unpacked again below: fp32 values would take twice the registers until then, so fewer rows in flight.
 #pragma unroll
-        for (int i = 0; i < VECTORS; ++i) keep_packed(x[i]);
+        for (int i = 0; i < VECTORS; ++i) x[i] = kept(x[i]);
         const float mean = sum_of_threads(squares, parity) / static_cast<float>(8 * vectors);
         const float factor = rsqrtf(mean + eps);
         uint4* const target = normed + static_cast<int64_t>(row) * vectors;

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from nf.kernels.source import HERE as KERNELS
 from nf.kernels.source import KernelSource, ParameterKind
@@ -33,6 +35,10 @@ TYPES: dict[ParameterKind, tuple[str, Any]] = {
     "int64": ("long long", ctypes.c_int64),
     "float32": ("float", ctypes.c_float),
 }
+
+
+SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
+IN_PLACE = r"\1* const \2 = reinterpret_cast<\1*>(shared_memory_bytes);"
 
 
 class Copies(IntEnum):
@@ -52,7 +58,7 @@ class EmulatedKernel:
         home.mkdir()
         for file in source.files:
             if not (EMULATION / file).exists():  # found there otherwise
-                (home / file).write_text((KERNELS / file).read_text().replace("extern __shared__", "extern"))
+                (home / file).write_text(SHARED.sub(IN_PLACE, (KERNELS / file).read_text()))
         (home / "launch.cpp").write_text(self._launcher(source.entry))
         library = home / "kernel.so"
         defines = [f"-D{name}={value}" for name, value in source.definitions.items()]
@@ -78,6 +84,7 @@ class EmulatedKernel:
         shared_bytes: int,
         readable: Sequence[Any],
         seed: int,
+        constant: Sequence[Any] = (),
         copies: Copies = Copies.BY_CHANCE,
     ) -> None:
         """Run ``grid`` CTAs of ``block`` threads with one value per parameter, addresses as integers.
@@ -85,17 +92,19 @@ class EmulatedKernel:
         Args:
             shared_bytes: of dynamic shared memory.
             readable: arrays, contiguous, that bulk copies and wide loads may read.
+            constant: the same, and the kernel before does not write them.
             seed: of the order in which threads take turns.
 
         Raises:
             AssertionError: the kernel hangs, reads elsewhere or ends before its copies do.
         """
         cells = [kind(value) for (_, kind), value in zip(self._types, values, strict=True)]
-        begins = (ctypes.c_void_p * len(readable))(*(array.ctypes.data for array in readable))
-        sizes = (ctypes.c_long * len(readable))(*(array.nbytes for array in readable))
+        arrays = (*constant, *readable)
+        begins = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+        sizes = (ctypes.c_long * len(arrays))(*(array.nbytes for array in arrays))
         failure = self._library.emulate(
             self._library.enter, (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells)),
-            grid, block, shared_bytes, copies, seed, len(readable), begins, sizes,
+            grid, block, shared_bytes, copies, seed, len(arrays), len(constant), begins, sizes,
         )  # fmt: skip
         assert failure is None, failure.decode()
 
@@ -120,6 +129,15 @@ def aligned(array: Any) -> Any:
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def int32(values: Any) -> Any:
+    return aligned(np.asarray(values, np.int32))
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Any:
+    """Normal random numbers as bf16."""
+    return aligned(rng.standard_normal(shape, np.float32).astype(bfloat16))
 
 
 def pointer(array: Any) -> int:

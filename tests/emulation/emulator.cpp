@@ -14,7 +14,7 @@
 #include <vector>
 
 Dim threadIdx, blockIdx, blockDim, gridDim;
-alignas(1024) char shared_memory[227 * 1024];  // the most that a CTA of compute capability 9.0 has
+alignas(1024) char shared_memory_bytes[227 * 1024];  // the most that a CTA of compute capability 9.0 has
 
 namespace emulator {
 
@@ -59,6 +59,7 @@ struct BulkCopy {
 
 struct Range {
     const char *begin, *end;
+    bool constant;
 };
 
 enum Promptness { AT_ONCE, LATE, BY_CHANCE };
@@ -141,7 +142,7 @@ bool release_cta(int threads) {
 }
 
 void run_cta(int threads) {
-    memset(shared_memory, 0xCD, sizeof shared_memory);
+    memset(shared_memory_bytes, 0xCD, sizeof shared_memory_bytes);
     barriers.clear(), bulk_copies.clear();
     dependencies_met = false;
     for (int i = 0; i < threads; ++i) reset(fibers[i]);
@@ -185,7 +186,7 @@ void complete(Barrier& barrier) {
 }
 
 void do_copy(const BulkCopy& copy) {
-    memcpy(shared_memory + copy.target, copy.source, copy.bytes);
+    memcpy(shared_memory_bytes + copy.target, copy.source, copy.bytes);
     Barrier& barrier = barrier_at(copy.barrier);
     barrier.bytes -= copy.bytes;
     complete(barrier);
@@ -220,10 +221,12 @@ void may_yield() {
 }
 
 void check_read(const void* source, int bytes) {
-    if (!dependencies_met) fail("a read of what the kernel before may still write");
     const char* const begin = static_cast<const char*>(source);
-    for (const Range& range : readable)
-        if (range.begin <= begin && begin + bytes <= range.end) return;
+    for (const Range& range : readable) {
+        if (begin < range.begin || range.end < begin + bytes) continue;
+        if (!dependencies_met && !range.constant) fail("a read of what the kernel before may still write");
+        return;
+    }
     fail("a read beyond the arrays");
 }
 
@@ -270,7 +273,7 @@ void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t bar
     if ((reinterpret_cast<uintptr_t>(source) | target | bytes) % 16) fail("a bulk copy that is not aligned");
     if (target + bytes > static_cast<uint32_t>(shared_bytes)) fail("a bulk copy beyond shared memory");
     check_read(source, bytes);
-    memset(shared_memory + target, 0xEE, bytes);  // nobody may read there any more what was there
+    memset(shared_memory_bytes + target, 0xEE, bytes);  // nobody may read there any more what was there
     const BulkCopy copy{target, source, bytes, barrier};
     if (late())
         bulk_copies.push_back(copy);
@@ -283,13 +286,13 @@ void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t bar
 // Run `entry`, which takes `values` apart. Returns why it failed; null if it did not.
 extern "C" const char* emulate(
     void (*entry)(void**), void** values, int grid, int block, int shared_bytes, int promptness, int seed, int arrays,
-    const char** begins, const long* sizes) {
+    int constants, const char** begins, const long* sizes) {
     using namespace emulator;
     start = entry, arguments = values;
     emulator::shared_bytes = shared_bytes, emulator::promptness = promptness;
     random_state = static_cast<uint32_t>(seed) * 2654435761u | 1;
     readable.clear();
-    for (int i = 0; i < arrays; ++i) readable.push_back({begins[i], begins[i] + sizes[i]});
+    for (int i = 0; i < arrays; ++i) readable.push_back({begins[i], begins[i] + sizes[i], i < constants});
     gridDim.x = grid, blockDim.x = block;
     if (_setjmp(launch_end)) return failure.c_str();
     for (int cta = 0; cta < grid; ++cta) blockIdx.x = cta, run_cta(block);

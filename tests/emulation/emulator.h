@@ -7,6 +7,7 @@ struct Dim {
 };
 
 extern Dim threadIdx, blockIdx, blockDim, gridDim;
+extern char shared_memory_bytes[];  // dynamic; kernels have a name of their own for it
 
 namespace emulator {
 

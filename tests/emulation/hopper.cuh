@@ -19,6 +19,10 @@ using cuda_uint64 = unsigned long long;
 #define int64_t cuda_int64
 #define uint64_t cuda_uint64
 
+struct alignas(8) int2 {
+    int x, y;
+};
+
 struct alignas(8) uint2 {
     uint32_t x, y;
 };
@@ -34,8 +38,6 @@ struct alignas(16) int4 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-
-extern char shared_memory_bytes[] __asm__("shared_memory");  // kernels call it by that name, of another type
 
 // ---- Threads ----
 
@@ -76,6 +78,11 @@ uint32_t __match_any_sync(unsigned mask, T value) {
     uint32_t same = 0;
     for (int lane = 0; lane < 32; ++lane) same |= static_cast<uint32_t>(__shfl_sync(mask, value, lane) == value) << lane;
     return same;
+}
+inline uint32_t __ballot_sync(unsigned mask, bool predicate) {
+    uint32_t lanes = 0;
+    for (int lane = 0; lane < 32; ++lane) lanes |= static_cast<uint32_t>(__shfl_sync(mask, int(predicate), lane)) << lane;
+    return lanes;
 }
 inline bool elect_lane() { return emulator::meet_warp(ELECT, nullptr, 0), lane_of_thread() == 0; }
 inline void __threadfence() {}
@@ -151,6 +158,7 @@ inline float exp2_approximate(float x) {
     return y < 0x1p-126f ? 0.0f : y;  // denormal numbers are flushed
 }
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline uint32_t round_to_bf16(float x) {
     const uint32_t bits = __float_as_uint(x);
     return x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;

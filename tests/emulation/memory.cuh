@@ -30,7 +30,7 @@ inline float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 inline float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 inline float opaque(float x) { return x; }
 template <class T>
-T kept(T x) {
+T kept(const T& x) {
     return x;
 }
 inline int thread_index_anew() { return static_cast<int>(threadIdx.x); }
@@ -44,6 +44,10 @@ inline uint32_t max_bf16(uint32_t a, uint32_t b) {
 inline void unpack_bf16(const uint4& v, float (&x)[8]) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
     for (int i = 0; i < 4; ++i) x[2 * i] = bf16_low(words[i]), x[2 * i + 1] = bf16_high(words[i]);
+}
+
+inline uint4 pack_bf16(const float (&x)[8]) {
+    return {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
 }
 
 inline uint4 load_shared_16(uint32_t address) { return *reinterpret_cast<const uint4*>(in_shared(address, 16)); }

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulated_kernel import Copies, EmulatedKernel, EmulatedLoader, aligned, pointer
+from emulated_kernel import Copies, EmulatedKernel, EmulatedLoader, aligned, int32, normal, pointer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from ml_dtypes import bfloat16
+from paged_cache import swizzled
 
 from nf.kernels.decode_attention import (
     DecodeAttention,
@@ -29,7 +31,6 @@ SMS = 132
 CASES = [(64, 16, 1), (128, 32, 1), (64, 16, 3), (64, 64, 66)]
 """(head_dim, page_size, SMs): a tile has two pages, half of one, two, one."""
 RELATIVE_ERROR = 5e-3  # of a row's norm: weights and outputs are rounded to bf16 (2^-9)
-NAN = 0x7FC0  # as bf16
 OTHERS = 1 << 30  # length of a row that does not decode
 
 
@@ -38,23 +39,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EmulatedKerne
     folder = tmp_path_factory.mktemp("kernels")
     attention = {attention_source(dim, page, ring_on(sms).tile_keys(dim)) for dim, page, sms in CASES}
     return {source.name: EmulatedKernel(source, folder) for source in (plan_source(), merge_source(), *attention)}
-
-
-def to_bf16(values: Any) -> Any:
-    bits = np.asarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def to_float64(bits: Any) -> Any:
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-
-
-def in_cache(keys: Any, page_size: int) -> Any:
-    """[pages, heads, 2, page_size, d] as the cache has it: see nf/kernels/kv_cache.py."""
-    *outer, rows, head_dim = keys.shape
-    chunks = keys.reshape(*outer, rows, head_dim // 64, 8, 8).swapaxes(-4, -3)
-    place = np.arange(8)[None] ^ np.arange(page_size)[:, None] % 8
-    return np.take_along_axis(chunks, place[(None,) * (len(outer) + 1)][..., None], axis=-2)
 
 
 @dataclass
@@ -68,20 +52,20 @@ class Rows:
     def __post_init__(self) -> None:
         shape, rng = self.shape, np.random.default_rng(self.seed)
         pages = [-(-length // shape.page_size) for length in self.kv_lens]
-        self.indptr = aligned(np.array(list(accumulate(pages, initial=0)), np.int32))
-        self.indices = aligned(rng.permutation(sum(pages) + 2)[: max(1, sum(pages))].astype(np.int32))
-        self.lens = aligned(np.array([*self.kv_lens, OTHERS], np.int32))
-        self.q = aligned(to_bf16(rng.normal(size=(len(self.lens), (shape.num_heads + 2) * shape.head_dim))))
-        cache = np.full((sum(pages) + 2, shape.num_kv_heads, 2, shape.page_size, shape.head_dim), NAN, np.uint16)
+        self.indptr = int32(list(accumulate(pages, initial=0)))
+        self.indices = int32(rng.permutation(sum(pages) + 2)[: max(1, sum(pages))])
+        self.lens = int32([*self.kv_lens, OTHERS])
+        self.q = normal(rng, len(self.lens), (shape.num_heads + 2) * shape.head_dim)
+        cache = np.full((sum(pages) + 2, shape.num_kv_heads, 2, shape.page_size, shape.head_dim), np.nan, bfloat16)
         self.dense = []
         for i, length in enumerate(self.kv_lens):
-            kv = to_bf16(rng.normal(size=(shape.num_kv_heads, 2, length, shape.head_dim)))
+            kv = normal(rng, shape.num_kv_heads, 2, length, shape.head_dim)
             self.dense.append(kv)
-            padded = np.full((*kv.shape[:2], pages[i] * shape.page_size, shape.head_dim), NAN, np.uint16)
+            padded = np.full((*kv.shape[:2], pages[i] * shape.page_size, shape.head_dim), np.nan, bfloat16)
             padded[:, :, :length] = kv
             own = self.indices[self.indptr[i] : self.indptr[i + 1]]
             cache[own] = padded.reshape(*kv.shape[:2], pages[i], shape.page_size, -1).transpose(2, 0, 1, 3, 4)
-        self.cache = aligned(in_cache(cache, shape.page_size))
+        self.cache = aligned(swizzled(cache))
 
     def attend(self, kernels: dict[str, EmulatedKernel], sms: int, launches: int, copies: Copies) -> Any:
         """Outputs of the last of several launches after one plan."""
@@ -89,24 +73,24 @@ class Rows:
         workspace = aligned(np.full(shape.workspace_bytes(SMS), 0xAB, np.uint8))
         readable = (self.q, self.cache, self.lens, self.indptr, self.indices, workspace)
         loader: Any = EmulatedLoader(kernels, readable=readable, seed=self.seed, copies=copies)
-        attention, count = DecodeAttention(loader, shape, sms=SMS), np.array([len(self.kv_lens)], np.int32)
+        attention, count = DecodeAttention(loader, shape, sms=SMS), int32([len(self.kv_lens)])
         table: dict[str, Any] = {"kv_lens": pointer(self.lens), "kv_indptr": pointer(self.indptr)}
         on: dict[str, Any] = {"workspace": pointer(workspace), "sms": sms, "stream": 0}
         attention.plan(**table, num_decode=pointer(count), start=0, stop=len(self.lens), **on)
         for _ in range(launches):
-            out = aligned(np.full((len(self.lens), shape.num_heads * shape.head_dim), NAN, np.uint16))
+            out = aligned(np.full((len(self.lens), shape.num_heads * shape.head_dim), np.nan, bfloat16))
             attention.launch(
                 q=pointer(self.q), q_stride=self.q.shape[1], kv=pointer(self.cache), out=pointer(out), **table,
                 kv_indices=pointer(self.indices), **on,
             )  # fmt: skip
             assert not workspace[8:12].any()  # tickets
-        return to_float64(out)
+        return out.astype(np.float64)
 
     def expected(self, row: int) -> Any:
         shape = self.shape
-        q = to_float64(self.q[row, : shape.num_heads * shape.head_dim]).reshape(shape.num_kv_heads, shape.group, -1)
-        kv = to_float64(self.dense[row][:, :, -(shape.window or 0) :])
-        scores = np.einsum("ngd,nkd->ngk", q, kv[:, 0]) * shape.head_dim**-0.5
+        q = self.q[row, : shape.num_heads * shape.head_dim].reshape(shape.num_kv_heads, shape.group, -1)
+        kv = self.dense[row][:, :, -(shape.window or 0) :].astype(np.float64)
+        scores = np.einsum("ngd,nkd->ngk", q.astype(np.float64), kv[:, 0]) * shape.head_dim**-0.5
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         return np.einsum("ngk,nkd->ngd", weights / weights.sum(-1, keepdims=True), kv[:, 1]).ravel()
 

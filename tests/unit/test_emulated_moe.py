@@ -1,4 +1,4 @@
-"""Tokens sorted by expert, by the permutation kernel emulated: against a sort by hand."""
+"""Tokens sorted by expert and brought back together, emulated: against a sort by hand and float64 sums."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulated_kernel import EmulatedKernel, EmulatedLoader, aligned, pointer
+from emulated_kernel import EmulatedKernel, EmulatedLoader, aligned, normal, pointer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +17,9 @@ HIDDEN = 24
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EmulatedKernel]:
-    source = next(source for source in sources() if source.name == "moe_permute")
-    return {source.name: EmulatedKernel(source, tmp_path_factory.mktemp("kernels"))}
+    folder = tmp_path_factory.mktemp("kernels")
+    wanted = [source for source in sources() if source.entry in ("moe_permute", "moe_combine")]
+    return {source.name: EmulatedKernel(source, folder) for source in wanted}
 
 
 @settings(deadline=None, max_examples=50)
@@ -62,3 +63,28 @@ def test_permute(kernels: dict[str, EmulatedKernel], data: st.DataObject, count:
     assert (places == expected_places).all()
     assert (permuted[:rows] == expected[:rows]).all()
     assert (permuted[rows:] == 0xFFFF).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    k=st.sampled_from(EXPERTS_PER_TOKEN), vectors=st.integers(1, 9) | st.integers(100, 300), count=st.integers(0, 60),
+    start=st.integers(0, 20), length=st.integers(1, 60), sms=st.sampled_from([1, 132]), seed=st.integers(0, 1 << 20),
+)  # fmt: skip
+def test_combine(
+    kernels: dict[str, EmulatedKernel], k: int, vectors: int, count: int, start: int, length: int, sms: int, seed: int
+) -> None:
+    rng, stop = np.random.default_rng(seed), start + length
+    hidden, down = normal(rng, stop, 8 * vectors), normal(rng, k * stop, 8 * vectors)
+    places = aligned(rng.permutation(k * stop).reshape(stop, k).astype(np.int32))
+    shares, num_tokens = aligned(rng.random((stop, k), np.float32)), np.full(1, count, np.int32)
+    before = hidden.copy()
+    loader: Any = EmulatedLoader(kernels, readable=(hidden, down), seed=seed)
+    Moe(loader, MoeShape(8 * vectors, max(EXPERTS_PER_TOKEN), k)).combine(
+        hidden=pointer(hidden), down=pointer(down), places=pointer(places), shares=pointer(shares),
+        num_tokens=pointer(num_tokens), start=start, stop=stop, sms=sms, stream=0,
+    )  # fmt: skip
+    done = slice(start, max(start, min(stop, count)))
+    parts = np.einsum("tk,tkh->th", shares[done].astype(np.float64), down[places[done]].astype(np.float64))
+    expected = before[done].astype(np.float64) + parts
+    assert np.allclose(hidden[done].astype(np.float64), expected, rtol=2**-8, atol=1e-5)
+    assert (np.delete(hidden, done, axis=0) == np.delete(before, done, axis=0)).all()

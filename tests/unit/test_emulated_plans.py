@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulated_kernel import EmulatedKernel, EmulatedLoader, aligned, pointer
+from emulated_kernel import EmulatedKernel, EmulatedLoader, int32, pointer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,10 +27,6 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EmulatedKerne
     folder = tmp_path_factory.mktemp("kernels")
     prefill = next(source for source in sources() if source.name == "prefill_plan")
     return {source.name: EmulatedKernel(source, folder) for source in (plan_source(), prefill)}
-
-
-def int32(values: Any) -> Any:
-    return aligned(np.asarray(values, np.int32))
 
 
 def indptr(counts: Iterable[int]) -> list[int]:
