@@ -32,6 +32,10 @@ __device__ __forceinline__ int load_input(const int* source) {
     return value;
 }
 
+__device__ __forceinline__ void prefetch_to_l2(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
+}
+
 // Reads that nobody waits for before their value is used. As plain conditional reads they would be waited for where control
 // flow joins again.
 template <class Word>

@@ -26,10 +26,6 @@ __device__ __forceinline__ Candidate better(const Candidate& a, const Candidate&
 
 __device__ __forceinline__ const uint32_t* words(const uint4& v) { return reinterpret_cast<const uint32_t*>(&v); }
 
-__device__ __forceinline__ void prefetch_to_l2(const void* address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
-}
-
 // One token, one warp: softmax of its logits, then the top_k largest shares, ties to the lower expert.
 __device__ __forceinline__ void choose(
     const float (&logits)[PER_LANE], int num_experts, int top_k, int* experts, float* shares) {

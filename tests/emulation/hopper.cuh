@@ -23,6 +23,10 @@ struct alignas(8) int2 {
     int x, y;
 };
 
+struct alignas(8) float2 {
+    float x, y;
+};
+
 struct alignas(8) uint2 {
     uint32_t x, y;
 };
@@ -88,6 +92,10 @@ inline bool elect_lane() { return emulator::meet_warp(ELECT, nullptr, 0), lane_o
 inline void __threadfence() {}
 template <class T>
 T __ldcg(const T* from) {
+    return *from;
+}
+template <class T>
+T __ldg(const T* from) {
     return *from;
 }
 

@@ -9,6 +9,8 @@ inline uint4 load_16(const void* source) {
 inline uint4 load_constant_16(const void* source) { return *static_cast<const uint4*>(source); }
 inline int load_input(const int* source) { return *source; }
 
+inline void prefetch_to_l2(const void*) {}
+
 template <class Word>
 void read_if(bool wanted, Word& value, const Word* from) {
     if (!wanted) return;

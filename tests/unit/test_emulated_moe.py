@@ -1,4 +1,4 @@
-"""Tokens sorted by expert and brought back together, emulated: against a sort by hand and float64 sums."""
+"""Experts chosen, tokens sorted by expert and brought back together, emulated: against float64 and a sort by hand."""
 
 from __future__ import annotations
 
@@ -13,13 +13,56 @@ from hypothesis import strategies as st
 from nf.kernels.moe import EXPERTS_PER_TOKEN, TILE_ROWS, Moe, MoeShape, sources
 
 HIDDEN = 24
+SHARE_ERROR = 2e-5  # absolute: fp32 sums of exact products
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EmulatedKernel]:
     folder = tmp_path_factory.mktemp("kernels")
-    wanted = [source for source in sources() if source.entry in ("moe_permute", "moe_combine")]
-    return {source.name: EmulatedKernel(source, folder) for source in wanted}
+    return {source.name: EmulatedKernel(source, folder) for source in sources()}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    data=st.data(), num_experts=st.integers(1, 64), vectors=st.integers(1, 40), count=st.integers(0, 90),
+    start=st.integers(0, 20), length=st.integers(1, 70), seed=st.integers(0, 1 << 20),
+)  # fmt: skip
+def test_route(
+    kernels: dict[str, EmulatedKernel],
+    data: st.DataObject,
+    num_experts: int,
+    vectors: int,
+    count: int,
+    start: int,
+    length: int,
+    seed: int,
+) -> None:
+    """One token in twenty is not a number: it gets experts, and no shares."""
+    k = data.draw(st.sampled_from([k for k in EXPERTS_PER_TOKEN if k <= num_experts]), label="experts_per_token")
+    rng, stop = np.random.default_rng(seed), start + length
+    done = slice(start, max(start, min(stop, count)))
+    normed, weight = normal(rng, max(stop, count), 8 * vectors), normal(rng, num_experts, 8 * vectors)
+    lost = rng.random(len(normed)) < 0.05
+    normed[lost, 0] = np.nan
+    experts, shares = aligned(np.full((stop, k), -7, np.int32)), aligned(np.full((stop, k), -7, np.float32))
+    num_tokens = np.full(1, count, np.int32)
+    loader: Any = EmulatedLoader(kernels, readable=(normed,), seed=seed)
+    Moe(loader, MoeShape(8 * vectors, num_experts, k)).route(
+        normed=pointer(normed), weight=pointer(weight), experts=pointer(experts), shares=pointer(shares),
+        num_tokens=pointer(num_tokens), start=start, stop=stop, stream=0,
+    )  # fmt: skip
+    assert (np.delete(experts, done, axis=0) == -7).all()
+    assert (np.delete(shares, done, axis=0) == -7).all()
+    experts, shares, lost = experts[done], shares[done], lost[done]
+    assert all(len(set(row)) == k and min(row) >= 0 and max(row) < num_experts for row in experts.tolist())
+    assert np.isnan(shares[lost]).all()
+    logits = normed[done].astype(np.float64) @ weight.astype(np.float64).T
+    wanted = np.exp(logits - logits.max(-1, keepdims=True))
+    wanted /= wanted.sum(-1, keepdims=True)
+    kept = np.take_along_axis(wanted, experts, axis=1)
+    best = -np.sort(-wanted, axis=1)[:, :k]
+    assert np.allclose(kept[~lost], best[~lost], rtol=0, atol=SHARE_ERROR)  # others only where they tie in float32
+    assert np.allclose(shares[~lost], (kept / kept.sum(-1, keepdims=True))[~lost], rtol=0, atol=SHARE_ERROR)
 
 
 @settings(deadline=None, max_examples=50)
