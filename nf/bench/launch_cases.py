@@ -66,7 +66,8 @@ def _driver_seconds(bench: Bench, captured: bool) -> float:
 
 
 def host_seconds(call: Call, *, captured: bool = False) -> float:
-    """Median over rounds of the mean time that a call keeps the host, with an empty queue at the start of each.
+    """The least over rounds of the mean time that a call keeps the host: what else the host does only adds to it. The
+    queue is empty at the start of each.
 
     Args:
         captured: into a graph, which is thrown away.
