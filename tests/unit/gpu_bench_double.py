@@ -13,12 +13,18 @@ from typing import Any
 
 import device_double
 import numpy as np
+import pytest
 
 from nf.config import ModelConfig
+from nf.executors import gpu_buffers, gpu_inputs, gpu_memory, gpu_outputs, gpu_pages
 from nf.graphs.partition import Lane
 from nf.kernels.device import CudaError
+from nf.planning import gpu_bench
+from nf.planning.gpu_bench import GpuBench
+from nf.planning.profiling import Extent
 
 KERNEL_SECONDS = 1e-5
+EXTENT = Extent((32, 64), (64,), (16, 32), (48, 96), (24,), (16, 24), (32,), 132)
 LLAMA = ModelConfig("LlamaForCausalLM", 512, 128, 192, 12, 4, 2, 64, 1e-6, 256)
 
 LAUNCHED: list[str] = []
@@ -176,3 +182,42 @@ DEVICE: Any = SimpleNamespace(
 def weights(model: Any) -> Any:
     layers = tuple({weight.name: 1 for weight in model.layer_weights} for _ in range(model.config.num_layers))
     return SimpleNamespace(embed=1, final_norm=1, lm_head=1, layers=layers, free=lambda: None)
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``GpuBench`` find these, with nothing launched and no time gone by."""
+    for module in (gpu_inputs, gpu_outputs, gpu_pages, gpu_buffers, gpu_memory):
+        monkeypatch.setattr(module, "DeviceMemory", Memory)
+    for module in (gpu_inputs, gpu_outputs):
+        monkeypatch.setattr(module, "Event", device_double.Event)
+        monkeypatch.setattr(module, "copy", device_double.copy)
+    for module in (gpu_inputs, gpu_outputs, gpu_pages):
+        monkeypatch.setattr(module, "PinnedMemory", Memory)
+    doubles = {
+        "cuda": SimpleNamespace(Stream=Stream, Event=Event, CudaError=CudaError),
+        "time": Time,
+        "PowerMeter": Meter,
+        "power_cap": lambda: 700.0,
+        "artifacts": lambda *_: [],
+        "LayerKernels": lambda *_, **__: Kernel("kernels"),
+        "RandomFill": lambda *_, **__: Kernel("fill"),
+        "random_device_weights": lambda model, _: weights(model),
+        "capture": capture,
+        "lanes": fake_lanes,
+        "required_partitions": lambda _: (),
+        "WARM_SECONDS": 0.002,
+        "_idle_watts": lambda: 120.0,
+    }
+    for name, double in doubles.items():
+        monkeypatch.setattr(gpu_bench, name, double)
+    CLOCKS.clear()
+    PACE.clear()
+    CAPTURED.clear()
+    Graph.live = 0
+    monkeypatch.setattr(Time, "now", 0.0)
+    monkeypatch.setattr(Time, "slept", 0.0)
+    monkeypatch.setattr(Stream, "dead", False)
+
+
+def bench(config: ModelConfig = LLAMA, run: float = 0.01) -> GpuBench:
+    return GpuBench(config, EXTENT, DEVICE, run=run)

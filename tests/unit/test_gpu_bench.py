@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
-import device_double
 import pytest
-from gpu_bench_double import (
-    CAPTURED,
-    CLOCKS,
-    DEVICE,
-    KERNEL_SECONDS,
-    LLAMA,
-    PACE,
-    Event,
-    Graph,
-    Kernel,
-    Memory,
-    Meter,
-    Stream,
-    Time,
-    capture,
-    fake_lanes,
-    weights,
-)
+from gpu_bench_double import CAPTURED, DEVICE, EXTENT, KERNEL_SECONDS, LLAMA, Graph, Meter, Stream, bench, install
 
 from nf.bench.steady_step import Load
 from nf.config import ModelConfig
-from nf.executors import gpu_buffers, gpu_inputs, gpu_memory, gpu_outputs, gpu_pages
 from nf.graphs.partition import Lane, PartitionError
 from nf.graphs.plan import sequential_plan
 from nf.kernels.device import CudaError
@@ -42,51 +21,16 @@ from nf.planning import gpu_bench, gpu_step_bench
 from nf.planning.gpu_bench import GpuBench
 from nf.planning.gpu_step_bench import GpuStepBench
 from nf.planning.profile import Profile, ProfileKey
-from nf.planning.profiling import ENDS, Extent, fill, wanted_pairs, wanted_solos
+from nf.planning.profiling import ENDS, fill, wanted_pairs, wanted_solos
 
 MIXTRAL = replace(LLAMA, architecture="MixtralForCausalLM", num_experts=4, experts_per_token=2, num_layers=3)
-EXTENT = Extent((32, 64), (64,), (16, 32), (48, 96), (24,), (16, 24), (32,), 132)
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (gpu_inputs, gpu_outputs, gpu_pages, gpu_buffers, gpu_memory):
-        monkeypatch.setattr(module, "DeviceMemory", Memory)
-    for module in (gpu_inputs, gpu_outputs):
-        monkeypatch.setattr(module, "Event", device_double.Event)
-        monkeypatch.setattr(module, "copy", device_double.copy)
-    for module in (gpu_inputs, gpu_outputs, gpu_pages):
-        monkeypatch.setattr(module, "PinnedMemory", Memory)
-    doubles = {
-        "cuda": SimpleNamespace(Stream=Stream, Event=Event, CudaError=CudaError),
-        "time": Time,
-        "PowerMeter": Meter,
-        "power_cap": lambda: 700.0,
-        "artifacts": lambda *_: [],
-        "LayerKernels": lambda *_, **__: Kernel("kernels"),
-        "RandomFill": lambda *_, **__: Kernel("fill"),
-        "random_device_weights": lambda model, _: weights(model),
-        "capture": capture,
-        "lanes": fake_lanes,
-        "required_partitions": lambda _: (),
-        "WARM_SECONDS": 0.002,
-        "_idle_watts": lambda: 120.0,
-    }
-    for name, double in doubles.items():
-        monkeypatch.setattr(gpu_bench, name, double)
-    CLOCKS.clear()
-    PACE.clear()
-    CAPTURED.clear()
-    Graph.live = 0
-    monkeypatch.setattr(Time, "now", 0.0)
-    monkeypatch.setattr(Time, "slept", 0.0)
-    monkeypatch.setattr(Stream, "dead", False)
+    install(monkeypatch)
     yield
     assert Graph.live == 0
-
-
-def bench(config: ModelConfig = LLAMA, run: float = 0.01) -> GpuBench:
-    return GpuBench(config, EXTENT, DEVICE, run=run)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
@@ -163,83 +107,12 @@ def test_a_bench_that_breaks_down_leaves_no_graph(monkeypatch: pytest.MonkeyPatc
     own.close()
 
 
-def test_two_side_by_side_are_each_timed_while_both_run() -> None:
-    own = bench()
-    slow = own._streams[1].handle
-    PACE[slow] = 3.0
-    pair = own.co_run(("o_proj", 32, 108, 0), ("decode_attention", 32, 24, 48))
-    assert pair.first.seconds == pytest.approx(KERNEL_SECONDS)
-    assert pair.second.seconds == pytest.approx(3 * KERNEL_SECONDS)
-    assert (pair.first.sms, pair.second.sms, pair.watts) == (108, 24, 500.0)
-    assert [[lane.sms for lane in graph.lanes] for graph in CAPTURED[1::2]] == [[108], [24]]
-    assert own._lane_of(24) is CAPTURED[-1].lanes[0]  # partitions are made once
-    assert own._lane_of(108) is CAPTURED[1].lanes[0]
-    own.close()
-
-
-PAIR = ("o_proj", 32, "all", 0), ("decode_attention", 32, "all", 48)
-
-
-def slow_beside(monkeypatch: pytest.MonkeyPatch, stream: int, pace: float) -> None:
-    """What a stream runs takes longer once something runs beside it."""
-    replay = gpu_bench._replay
-
-    def slower(*values: Any) -> Any:
-        PACE[stream] = pace
-        return replay(*values)
-
-    monkeypatch.setattr(gpu_bench, "_replay", slower)
-
-
-@pytest.mark.parametrize("pace", [1.0, 3.0])
-def test_both_sides_have_enough_enqueued_and_no_more_until_the_same_moment(
-    pace: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = bench(run=0.5)
-    slow_beside(monkeypatch, own._streams[0].handle, pace)
-    own.co_run(*PAIR)
-    own.close()
-    for graph, slower in zip(CAPTURED[1::2], (pace, 1.0), strict=True):
-        alone = KERNEL_SECONDS * len(graph.kernels)
-        depth = math.ceil(gpu_bench.AHEAD_SECONDS / alone)
-        assert depth > 2
-        assert graph.most == depth
-        assert graph.waited == 0
-        late = graph.ends[-1] - graph.ends[0] + slower * alone - (0.5 + gpu_bench.WARM_SECONDS)
-        assert 0 < late < (depth + 1) * slower * alone  # what is enqueued when time is up
-
-
 def test_two_replays_at_least_are_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_bench, "AHEAD_SECONDS", 1e-3)
     own = bench(run=0.1)
     own.solo(("qkv_proj", 64, "all", 0))
     own.close()
     assert (CAPTURED[-1].most, CAPTURED[-1].waited) == (2, 0)
-
-
-def test_a_side_that_is_slow_beside_the_other_is_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the three replays that tell its pace."""
-    own = bench()
-    slow_beside(monkeypatch, own._streams[0].handle, 47.0)  # 3 · 0.15 s, far more than it is measured for
-    pair = own.co_run(*PAIR)
-    own.close()
-    assert pair.first.seconds == pytest.approx(47 * KERNEL_SECONDS)
-    assert pair.second.seconds == pytest.approx(KERNEL_SECONDS)
-    slow, other = CAPTURED[1::2]
-    assert slow.most == math.ceil(gpu_bench.AHEAD_SECONDS / (KERNEL_SECONDS * len(slow.kernels)))
-    assert other.waited == 0
-    assert other.ends[-1] == pytest.approx(slow.ends[2], abs=gpu_bench.AHEAD_SECONDS + 5e-3)
-
-
-def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = bench()
-    slow_beside(monkeypatch, own._streams[0].handle, 1e6)
-    pair = own.co_run(*PAIR)
-    own.close()
-    other = CAPTURED[3]
-    taken = 0.01 + gpu_bench.WARM_SECONDS + gpu_bench.PATIENCE_SECONDS
-    assert other.ends[-1] - other.ends[0] == pytest.approx(taken, abs=gpu_bench.AHEAD_SECONDS + 5e-3)
-    assert pair.first.seconds > 100 * KERNEL_SECONDS
 
 
 def test_a_gpu_that_is_gone_is_told_by_its_first_error() -> None:
@@ -290,28 +163,6 @@ def test_nothing_is_measured_on_partitions_that_are_not_there(monkeypatch: pytes
     monkeypatch.setattr(gpu_step_bench, "artifacts", lambda *_: pytest.fail("compiled for nothing"))
     with pytest.raises(PartitionError):
         GpuStepBench(own.model, DEVICE).measure(plan, [Load(64, 40, 24)])
-
-
-def test_a_side_that_gets_nowhere_is_slow_not_as_fast_as_alone() -> None:
-    own = bench()
-    PACE[own._streams[0].handle] = 1e9
-    pair = own.co_run(("o_proj", 32, "all", 0), ("decode_attention", 32, "all", 48))
-    assert pair.first.seconds > 10 * KERNEL_SECONDS
-    assert pair.second.seconds == pytest.approx(KERNEL_SECONDS)
-    own.close()
-
-
-@pytest.mark.parametrize(
-    ("ends", "stop", "seconds"),
-    [
-        ([1.0, 1.1, 1.2, 1.3], 1.25, 0.1),
-        ([0.0005, 1.0, 1.4], 1.1, 0.9995),  # one before all was warm
-        ([0.7, 1.5], 1.1, 0.7),
-        ([2.0, 3.0], 1.1, 1.1),
-    ],
-)
-def test_the_pace_is_that_of_the_time_that_both_ran(ends: list[float], stop: float, seconds: float) -> None:
-    assert gpu_bench._pace(ends, stop) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(("rows", "context"), [(32, 24), (64, 24), (16, 24), (7, 24), (64, 0), (1, 24)])
