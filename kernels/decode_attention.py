@@ -109,7 +109,10 @@ def attention_source(head_dim: int, page_size: int, tile_keys: int) -> KernelSou
     return KernelSource(
         name=f"decode_attention_d{head_dim}_p{page_size}_t{tile_keys}",
         language="cuda",
-        files=("decode_attention.cu", "decode_plan.cuh", "hopper.cuh", "memory.cuh"),
+        files=(
+            *("decode_attention.cu", "decode_sums.cuh", "decode_walk.cuh", "decode_shared.cuh", "decode_plan.cuh"),
+            *("memory.cuh", "hopper.cuh"),
+        ),
         parameters=_ATTENTION_PARAMETERS,
         entry="decode_attention",
         config=(("HEAD_DIM", head_dim), ("PAGE_SIZE", page_size), ("TILE", tile_keys)),
