@@ -7,8 +7,6 @@
 #include "decode_plan.cuh"
 #include "hopper.cuh"
 
-constexpr unsigned ALL = ~0u;
-constexpr float NEGATIVE_INFINITY = __builtin_bit_cast(float, 0xFF800000u);
 constexpr int THREADS = 32 * WARPS;
 static_assert(FEW_PARTS == 8, "a warp reads the statistics of a part with four lanes");
 
@@ -18,18 +16,6 @@ struct Arguments {
     int head_dim, group, out_stride;
 };
 
-__device__ __forceinline__ float max_over_parts(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL, x, 4));
-    x = fmaxf(x, __shfl_xor_sync(ALL, x, 8));
-    return fmaxf(x, __shfl_xor_sync(ALL, x, 16));
-}
-
-__device__ __forceinline__ float sum_over_parts(float x) {
-    x += __shfl_xor_sync(ALL, x, 4);
-    x += __shfl_xor_sync(ALL, x, 8);
-    return x + __shfl_xor_sync(ALL, x, 16);
-}
-
 // A lane's share of one block of columns, like that of a part.
 struct Sum {
     float4 out = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -37,12 +23,12 @@ struct Sum {
 
     // Add up to 8 parts: `stats` of part lane / 4 and heads of lane % 4, `values` of all.
     __device__ __forceinline__ void add(const float4& stats, const float4 (&values)[FEW_PARTS], int lane) {
-        const float new0 = fmaxf(top0, max_over_parts(stats.x)), new1 = fmaxf(top1, max_over_parts(stats.y));
+        const float new0 = fmaxf(top0, max_for_heads(stats.x)), new1 = fmaxf(top1, max_for_heads(stats.y));
         const float shrink0 = exp2_approximate(top0 - new0), shrink1 = exp2_approximate(top1 - new1);
         const float weight0 = exp2_approximate(stats.x - new0), weight1 = exp2_approximate(stats.y - new1);
         top0 = new0, top1 = new1;
-        sum0 = sum0 * shrink0 + sum_over_parts(stats.z * weight0);
-        sum1 = sum1 * shrink1 + sum_over_parts(stats.w * weight1);
+        sum0 = sum0 * shrink0 + sum_for_heads(stats.z * weight0);
+        sum1 = sum1 * shrink1 + sum_for_heads(stats.w * weight1);
         out.x *= shrink0, out.y *= shrink1, out.z *= shrink0, out.w *= shrink1;
 #pragma unroll
         for (int i = 0; i < FEW_PARTS; ++i) {

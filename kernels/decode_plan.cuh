@@ -5,6 +5,9 @@
 // parts, one per span, and merged afterwards.
 #pragma once
 
+constexpr unsigned ALL = ~0u;  // lanes
+constexpr float NEGATIVE_INFINITY = __builtin_bit_cast(float, 0xFF800000u);
+
 // 32 bytes; the row's length and pages ride along to save a dependent read.
 struct __align__(16) Span {
     int row, head, tile, tiles;  // its first tile, numbered from the row's position 0, and how many tiles it has
@@ -65,6 +68,19 @@ struct Parts {
     float4* out;    // [2 · spans, blocks of 16 columns, 32 lanes]; lanes of heads beyond the group are not written
     float4* stats;  // [2 · spans, 4 values of t]: exponents (base 2) that out is relative to, and sums, of both heads
 };
+
+// Over the lanes that have the same heads, which are those with the same t: of keys, or of parts.
+__device__ __forceinline__ float max_for_heads(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL, x, 4));
+    x = fmaxf(x, __shfl_xor_sync(ALL, x, 8));
+    return fmaxf(x, __shfl_xor_sync(ALL, x, 16));
+}
+
+__device__ __forceinline__ float sum_for_heads(float x) {
+    x += __shfl_xor_sync(ALL, x, 4);
+    x += __shfl_xor_sync(ALL, x, 8);
+    return x + __shfl_xor_sync(ALL, x, 16);
+}
 
 // Positions below this one are outside the window; 0 is no window.
 __device__ __forceinline__ int first_key(int kv_len, int window) {

@@ -15,8 +15,6 @@ constexpr int SLAB_BYTES = BLOCK * 128;
 constexpr int STAGE_BYTES = TILE * HEAD_DIM * 4;
 constexpr int SUBTILES = TILE / 16;                         // of 16 keys: the rows of an mma
 constexpr int STEPS = HEAD_DIM / 16;                        // blocks of 16 columns
-constexpr unsigned ALL = ~0u;
-constexpr float NEGATIVE_INFINITY = __builtin_bit_cast(float, 0xFF800000u);
 
 struct Arguments {
     const char* q;   // bf16 rows of q_stride elements, `group` heads per KV head

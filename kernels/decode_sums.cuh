@@ -4,18 +4,6 @@
 
 constexpr float RAISE = 8.0f;
 
-__device__ __forceinline__ float max_over_keys(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL, x, 4));
-    x = fmaxf(x, __shfl_xor_sync(ALL, x, 8));
-    return fmaxf(x, __shfl_xor_sync(ALL, x, 16));
-}
-
-__device__ __forceinline__ float sum_over_keys(float x) {
-    x += __shfl_xor_sync(ALL, x, 4);
-    x += __shfl_xor_sync(ALL, x, 8);
-    return x + __shfl_xor_sync(ALL, x, 16);
-}
-
 // Shared-memory offset of the fragment of 16 keys and 16 columns: K has slabs 0 … HALVES - 1, V those after.
 __device__ __forceinline__ constexpr int fragment_offset(int subtile, int step, int slab) {
     return 16 * subtile / BLOCK * BLOCK_BYTES + (slab + step / 4) * SLAB_BYTES + 16 * subtile % BLOCK * 128;
@@ -99,7 +87,7 @@ struct Accumulator {
         }
         top0 *= scale_log2, top1 *= scale_log2;
         if (__any_sync(ALL, top0 > top[0] + RAISE || top1 > top[1] + RAISE)) {
-            raise(fmaxf(top[0], max_over_keys(top0)), fmaxf(top[1], max_over_keys(top1)));
+            raise(fmaxf(top[0], max_for_heads(top0)), fmaxf(top[1], max_for_heads(top1)));
         }
     }
 
@@ -122,7 +110,7 @@ struct Accumulator {
 
     // Write what a segment adds up to.
     __device__ __forceinline__ void close(const Arguments& arguments, const Note& note, int lane) {
-        sum[0] = sum_over_keys(sum[0]), sum[1] = sum_over_keys(sum[1]);
+        sum[0] = sum_for_heads(sum[0]), sum[1] = sum_for_heads(sum[1]);
         if (note.flags & WHOLE) {
             write(arguments, note.row, note.head, lane);
         } else {

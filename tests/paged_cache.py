@@ -1,4 +1,4 @@
-"""The paged KV cache's layout in NumPy, both ways; see nf/kernels/kv_cache.py."""
+"""The paged KV cache's layout, both ways, of arrays and of tensors; see nf/kernels/kv_cache.py."""
 
 from __future__ import annotations
 

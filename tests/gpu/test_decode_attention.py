@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from paged_cache import swizzled
 
 from nf.kernels.decode_attention import FEW_SMS, DecodeAttention, DecodeShape, sources
 from nf.kernels.load import KernelLoader
@@ -57,7 +58,7 @@ class Case:
             padded[:, :length] = kv
             own = self.indices[sum(pages[:i]) : sum(pages[: i + 1])].long()
             cache[own] = padded.view(2, pages[i], shape.page_size, *kv.shape[2:]).permute(1, 3, 0, 2, 4)
-        self.cache = _swizzled(cache)
+        self.cache = swizzled(cache).contiguous()
 
     def run(self, start: int = 0, stop: int = 1 << 30, *, sms: int = 132, planned: int = 0, launches: int = 1) -> Any:
         """Output of the last of several launches on ``sms`` SMs, after a plan for ``planned`` (0: as many)."""
@@ -111,16 +112,6 @@ class Case:
 
 def _int32(values: list[int]) -> Any:
     return torch.tensor(values, dtype=torch.int32, device="cuda")
-
-
-def _swizzled(cache: Any) -> Any:
-    """[pages, heads, 2, page_size, d] → [pages, heads, 2, d/64, page_size, 64], chunk c of row r at c ^ (r % 8)."""
-    *outer, page_size, head_dim = cache.shape
-    chunks = cache.view(*outer, page_size, head_dim // 64, 8, 8).transpose(-4, -3)
-    row = torch.arange(page_size, device="cuda")[:, None]
-    place = torch.arange(8, device="cuda")[None] ^ row % 8
-    swizzled = torch.take_along_dim(chunks, place[(None,) * (len(outer) + 1)][..., None], dim=-2)
-    return swizzled.reshape(*outer, head_dim // 64, page_size, 64).contiguous()
 
 
 def shape(

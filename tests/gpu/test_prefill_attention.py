@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from paged_cache import swizzled
 
 from nf.errors import InputError
 from nf.kernels.load import KernelLoader
@@ -63,7 +64,7 @@ class Case:
             padded[:, : cached + new] = kv
             own = self.kv_indices[int(self.kv_indptr[i]) : int(self.kv_indptr[i + 1])].long()
             cache[own] = padded.view(2, pages[i], self.page_size, *kv.shape[2:]).permute(1, 3, 0, 2, 4)
-        self.cache = _swizzled(cache)
+        self.cache = swizzled(cache).contiguous()
 
     def attention(self) -> PrefillAttention:
         return PrefillAttention(
@@ -142,15 +143,6 @@ def _int32(values: list[int]) -> Any:
 
 def _poisoned_bytes(count: int) -> Any:
     return torch.full((count,), 0xAB, dtype=torch.uint8, device="cuda")
-
-
-def _swizzled(cache: Any) -> Any:
-    """[pages, heads, 2, page_size, head_dim] → […, head_dim/64, page_size, 8, 8], chunks of 8 swizzled."""
-    *outer, page_size, head_dim = cache.shape
-    chunks = cache.view(*outer, page_size, head_dim // 64, 8, 8).transpose(-4, -3)
-    row = torch.arange(page_size, device="cuda")[:, None]
-    place = torch.arange(8, device="cuda")[None]
-    return chunks[..., row, place ^ row % 8, :].contiguous()
 
 
 def check(out: Any, expected: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paged_cache import unswizzled
 
 from nf.config import RopeConfig
 from nf.executors.rope import rotary_table
@@ -115,15 +116,6 @@ def int32(values: Any) -> Any:
 
 def stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
-
-
-def unswizzled(cache: Any) -> Any:
-    """[pages, kv_heads, 2, page_size, head_dim] from the cache's layout."""
-    pages, heads, two, halves, page_size, _ = cache.shape
-    row = torch.arange(page_size, device="cuda")[:, None]
-    chunk = torch.arange(8, device="cuda")[None] ^ (row % 8)  # where chunk c of row r stands
-    chunks = cache.view(pages, heads, two, halves, page_size, 8, 8)[:, :, :, :, row, chunk]
-    return chunks.permute(0, 1, 2, 4, 3, 5, 6).reshape(pages, heads, two, page_size, halves * 64)
 
 
 def close(found: Any, reference: Any, scale: Any) -> bool:
