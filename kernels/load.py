@@ -21,9 +21,11 @@ from nf.kernels.compile import Artifact
 from nf.kernels.device import CudaError, DeviceMemoryError, checked, free_memory
 from nf.kernels.source import LAUNCHER, ParameterKind
 
-_FORMATS: dict[ParameterKind, str] = {"pointer": "Q", "int32": "i", "int64": "q", "float32": "f"}
-"""Of ``struct``, in the machine's own sizes and alignment."""
+Value = int | float | bytes
+"""Of a launch argument: a pointer is an integer, a struct of pointers its bytes."""
 
+_FORMATS = {"pointer": "Q", "int32": "i", "int64": "q", "float32": "f"}
+"""Of ``struct``, in the machine's own sizes and alignment."""
 
 _OUT_OF_MEMORY = 2  # of the driver and of the runtime alike
 
@@ -71,8 +73,8 @@ class CuteKernel:
         addresses.append(ctypes.addressof(self._status))
         self._arguments, self._count = (ctypes.c_void_p * len(addresses))(*addresses), len(addresses)
 
-    def launch(self, *values: int | float, stream: int) -> None:
-        """Launch with one value per parameter of the source (pointers as integers) on ``stream``.
+    def launch(self, *values: Value, stream: int) -> None:
+        """Launch with one value per parameter of the source on ``stream``.
 
         Raises:
             LaunchError: the driver refused.
@@ -141,7 +143,7 @@ class CudaKernel:
             None,
         )
 
-    def launch(self, *values: int | float, grid: int, block: int, stream: int, pdl: bool = False) -> None:
+    def launch(self, *values: Value, grid: int, block: int, stream: int, pdl: bool = False) -> None:
         """Launch ``grid`` CTAs of ``block`` threads; ``pdl`` lets it start before the kernel before it has ended.
 
         Raises:
@@ -208,7 +210,7 @@ class _LaunchConfig(ctypes.Structure):
 
 def _arguments(kinds: tuple[ParameterKind, ...]) -> tuple[Callable[..., None], list[int]]:
     """Memory for a value of each kind: a function that writes them all at once, and their addresses."""
-    formats = [_FORMATS[kind] for kind in kinds]
+    formats = [f"0Q{8 * kind}s" if isinstance(kind, int) else _FORMATS[kind] for kind in kinds]  # 0Q: aligned as one
     layout = struct.Struct("@" + "".join(formats))
     memory = bytearray(layout.size)
     start = ctypes.addressof((ctypes.c_char * layout.size).from_buffer(memory))

@@ -27,32 +27,36 @@ struct RowScalars {
     }
 };
 
+struct SamplingArrays {  // as in sampling.py; one argument, for the host's sake
+    const int* count;    // [1] rows there are
+    const int* slots;
+    const int* positions;
+    const int* prompt_lens;
+    const float* temperature;
+    const int* top_k;
+    const float* top_p;
+    const float* min_p;
+    const float* presence_penalty;
+    const float* frequency_penalty;
+    const float* repetition_penalty;
+    const uint2* seeds;
+    const int* sample_index;
+    const int* logprobs;
+    const int* bias_indptr;
+    const int* bias_ids;
+    const float* bias_values;
+    const int* allowed_indptr;
+    const int* allowed_ids;
+    const int* bad_words_indptr;
+    const int* bad_words_token_indptr;
+    const int* bad_words_ids;
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
     const Logit* logits,  // [*, stride]
     int stride,
     int vocab_size,
-    const int* count,  // [1] rows there are
-    const int* slots,
-    const int* positions,
-    const int* prompt_lens,
-    const float* temperature,
-    const int* top_k,
-    const float* top_p,
-    const float* min_p,
-    const float* presence_penalty,
-    const float* frequency_penalty,
-    const float* repetition_penalty,
-    const uint2* seeds,
-    const int* sample_index,
-    const int* logprobs,
-    const int* bias_indptr,
-    const int* bias_ids,
-    const float* bias_values,
-    const int* allowed_indptr,
-    const int* allowed_ids,
-    const int* bad_words_indptr,
-    const int* bad_words_token_indptr,
-    const int* bad_words_ids,
+    const SamplingArrays arrays,
     int* tokens,  // [slots, tokens_stride], the token buffer
     int tokens_stride,
     int* token_ids,           // [*] chosen; −1: nothing to choose from
@@ -69,27 +73,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
     __shared__ RowScalars scalars[2];
     __shared__ int next_rows[2];
     grid_dependency_launch();
-    const int end = load_input(count);
+    const int end = load_input(arrays.count);
     auto fetch = [&](int i, RowScalars& into) {
         if (threadIdx.x != 0 || i >= end) return;
-        copy_4(&into.choice.temperature, temperature + i);
-        copy_4(&into.choice.top_p, top_p + i);
-        copy_4(&into.choice.min_p, min_p + i);
-        copy_4(&into.choice.top_k, top_k + i);
-        copy_4(&into.choice.noise.key0, &seeds[i].x);
-        copy_4(&into.choice.noise.key1, &seeds[i].y);
-        copy_4(&into.choice.noise.position, positions + i);
-        copy_4(&into.choice.noise.sample, sample_index + i);
-        copy_4(&into.wanted, logprobs + i);
-        copy_4(&into.slot, slots + i);
-        copy_4(&into.presence, presence_penalty + i);
-        copy_4(&into.frequency, frequency_penalty + i);
-        copy_4(&into.repetition, repetition_penalty + i);
+        copy_4(&into.choice.temperature, arrays.temperature + i);
+        copy_4(&into.choice.top_p, arrays.top_p + i);
+        copy_4(&into.choice.min_p, arrays.min_p + i);
+        copy_4(&into.choice.top_k, arrays.top_k + i);
+        copy_4(&into.choice.noise.key0, &arrays.seeds[i].x);
+        copy_4(&into.choice.noise.key1, &arrays.seeds[i].y);
+        copy_4(&into.choice.noise.position, arrays.positions + i);
+        copy_4(&into.choice.noise.sample, arrays.sample_index + i);
+        copy_4(&into.wanted, arrays.logprobs + i);
+        copy_4(&into.slot, arrays.slots + i);
+        copy_4(&into.presence, arrays.presence_penalty + i);
+        copy_4(&into.frequency, arrays.frequency_penalty + i);
+        copy_4(&into.repetition, arrays.repetition_penalty + i);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            copy_4(&into.biases[j], bias_indptr + i + j);
-            copy_4(&into.allowed[j], allowed_indptr + i + j);
-            copy_4(&into.words[j], bad_words_indptr + i + j);
+            copy_4(&into.biases[j], arrays.bias_indptr + i + j);
+            copy_4(&into.allowed[j], arrays.allowed_indptr + i + j);
+            copy_4(&into.words[j], arrays.bad_words_indptr + i + j);
         }
     };
     auto row_of = [&](int i) { return LogitsRow{logits + static_cast<int64_t>(i) * stride, vocab_size}; };
@@ -193,10 +197,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(
         };
         auto edit = [&] {
             const Edits edits{
-                allowed_ids + own.allowed[0], own.allowed[1] - own.allowed[0],
-                bad_words_token_indptr + own.words[0], own.words[1] - own.words[0], bad_words_ids,
-                bias_ids + own.biases[0], bias_values + own.biases[0], own.biases[1] - own.biases[0],
-                tokens + static_cast<int64_t>(own.slot) * tokens_stride, position, prompt_lens[i],
+                arrays.allowed_ids + own.allowed[0], own.allowed[1] - own.allowed[0],
+                arrays.bad_words_token_indptr + own.words[0], own.words[1] - own.words[0], arrays.bad_words_ids,
+                arrays.bias_ids + own.biases[0], arrays.bias_values + own.biases[0], own.biases[1] - own.biases[0],
+                tokens + static_cast<int64_t>(own.slot) * tokens_stride, position, arrays.prompt_lens[i],
                 own.presence, own.frequency, own.repetition};
             if (lists)
                 stream.sweep(row, [&](int id, const float (&x)[LogitsRow::WIDTH]) { copying.store(row, id, x); });

@@ -29,6 +29,9 @@ ended, and must not be its output.
 
 from __future__ import annotations
 
+import struct
+from dataclasses import astuple, dataclass, fields
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from nf.errors import InputError
@@ -47,12 +50,7 @@ _COMMON = (
     "logprobs.cuh", "select.cuh", "first_pass.cuh", "row_stream.cuh", "logits.cuh", "reduce.cuh", "memory.cuh",
     "hopper.cuh",
 )  # fmt: skip
-_SAMPLE_PARAMETERS: tuple[ParameterKind, ...] = (
-    "pointer", "int32", "int32", *("pointer",) * 23, "int32", *("pointer",) * 7, "int32",
-)  # fmt: skip
-_PROMPT_PARAMETERS: tuple[ParameterKind, ...] = (
-    "pointer", "int32", "int32", "pointer", "int32", "int32", *("pointer",) * 6,
-)  # fmt: skip
+_LOGITS: tuple[ParameterKind, ...] = ("pointer", "int32", "int32")
 
 
 def sources() -> list[KernelSource]:
@@ -65,7 +63,7 @@ def sample_source(dtype: LogitsType) -> KernelSource:
         name=f"sample_{dtype}",
         language="cuda",
         files=("sampling.cu", "draw.cuh", "draw_first.cuh", "bar.cuh", "edit_logits.cuh", "philox.cuh", *_COMMON),
-        parameters=_SAMPLE_PARAMETERS,
+        parameters=(*_LOGITS, len(fields(SamplingArrays)), "pointer", "int32", *("pointer",) * 7, "int32"),
         entry="sample",
         config=(("BF16", dtype == "bf16"),),
     )
@@ -76,13 +74,14 @@ def prompt_logprobs_source(dtype: LogitsType) -> KernelSource:
         name=f"prompt_logprobs_{dtype}",
         language="cuda",
         files=("prompt_logprobs.cu", *_COMMON),
-        parameters=_PROMPT_PARAMETERS,
+        parameters=(*_LOGITS, "pointer", "int32", "int32", *("pointer",) * 6),
         entry="prompt_logprobs",
         config=(("BF16", dtype == "bf16"),),
     )
 
 
-class SamplingArrays(NamedTuple):
+@dataclass(frozen=True)
+class SamplingArrays:
     """Device pointers to a SamplingBatch's arrays, in the kernel's order; ``num_samples`` int32 [1]: rows there are."""
 
     num_samples: int
@@ -107,6 +106,11 @@ class SamplingArrays(NamedTuple):
     bad_words_indptr: int
     bad_words_token_indptr: int
     bad_words_ids: int
+
+    @cached_property
+    def packed(self) -> bytes:
+        """What the kernel is given."""
+        return struct.pack(f"{len(fields(self))}Q", *astuple(self))
 
 
 class LogprobArrays(NamedTuple):
@@ -168,7 +172,7 @@ class Sampler:
         """
         _check_stride(stride, self._vocab_size)
         self._kernel.launch(
-            logits, stride, self._vocab_size, *arrays, tokens, self._tokens_stride, token_ids,
+            logits, stride, self._vocab_size, arrays.packed, tokens, self._tokens_stride, token_ids,
             *logprobs, workspace, workspace + _COUNTER_BYTES, self._scratch_stride,
             grid=max(1, min(capacity, self._ctas)), block=_THREADS, stream=stream, pdl=pdl,
         )  # fmt: skip

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-ParameterKind = Literal["pointer", "int32", "int64", "float32"]
+ParameterKind = Literal["pointer", "int32", "int64", "float32"] | int
+"""Of a launch argument; a number: a struct of so many pointers, given as its bytes."""
 
 LAUNCHER = "nf_kernel"  # symbol prefix inside every shared library; each is opened with its symbols to itself
 HERE = Path(__file__).resolve().parent

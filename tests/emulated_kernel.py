@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 
+from nf.kernels.load import Value
 from nf.kernels.source import HERE as KERNELS
 from nf.kernels.source import KernelSource, ParameterKind
 
@@ -29,13 +30,14 @@ FLAGS = (
     *("-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=0"),  # it takes jumps between stacks for errors
     *(f"-I{EMULATION}", "-include", "hopper.cuh"),  # with what CUDA has without an include
 )
-TYPES: dict[ParameterKind, tuple[str, Any]] = {
+TYPES = {
     "pointer": ("void*", ctypes.c_void_p),
     "int32": ("int", ctypes.c_int32),
     "int64": ("long long", ctypes.c_int64),
     "float32": ("float", ctypes.c_float),
 }
-
+"""Of a launch argument, in C++ and here."""
+POINTERS = "template <int N> struct Pointers { void* values[N]; };"
 
 SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
 IN_PLACE = r"\1* const \2 = reinterpret_cast<\1*>(shared_memory_bytes);"
@@ -53,7 +55,7 @@ class EmulatedKernel:
     """A "cuda" source, compiled for the CPU into ``folder``."""
 
     def __init__(self, source: KernelSource, folder: Path) -> None:
-        self._types = [TYPES[kind] for kind in source.parameters]
+        self._kinds = source.parameters
         home = folder / source.name
         home.mkdir()
         for file in source.files:
@@ -72,13 +74,14 @@ class EmulatedKernel:
         self._library.emulate.restype = ctypes.c_char_p  # why it failed
 
     def _launcher(self, entry: str) -> str:
-        types = ", ".join(name for name, _ in self._types)
-        values = ", ".join(f"*static_cast<{name}*>(values[{i}])" for i, (name, _) in enumerate(self._types))
-        return f'extern "C" void {entry}({types});\nextern "C" void enter(void** values) {{ {entry}({values}); }}\n'
+        types = [f"Pointers<{kind}>" if isinstance(kind, int) else TYPES[kind][0] for kind in self._kinds]
+        values = ", ".join(f"*static_cast<{name}*>(values[{i}])" for i, name in enumerate(types))
+        declared = f'extern "C" void {entry}({", ".join(types)});'
+        return f'{POINTERS}\n{declared}\nextern "C" void enter(void** values) {{ {entry}({values}); }}\n'
 
     def launch(
         self,
-        *values: int | float,
+        *values: Value,
         grid: int,
         block: int,
         shared_bytes: int,
@@ -87,7 +90,7 @@ class EmulatedKernel:
         constant: Sequence[Any] = (),
         copies: Copies = Copies.BY_CHANCE,
     ) -> None:
-        """Run ``grid`` CTAs of ``block`` threads with one value per parameter, addresses as integers.
+        """Run ``grid`` CTAs of ``block`` threads with one value per parameter.
 
         Args:
             shared_bytes: of dynamic shared memory.
@@ -98,7 +101,7 @@ class EmulatedKernel:
         Raises:
             AssertionError: the kernel hangs, reads elsewhere or ends before its copies do.
         """
-        cells = [kind(value) for (_, kind), value in zip(self._types, values, strict=True)]
+        cells = [_cell(kind, value) for kind, value in zip(self._kinds, values, strict=True)]
         arrays = (*constant, *readable)
         begins = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
         sizes = (ctypes.c_long * len(arrays))(*(array.nbytes for array in arrays))
@@ -109,6 +112,14 @@ class EmulatedKernel:
         assert failure is None, failure.decode()
 
 
+def _cell(kind: ParameterKind, value: Value) -> Any:
+    """Memory with a value of this kind."""
+    if isinstance(value, bytes):
+        return (ctypes.c_char * len(value)).from_buffer_copy(value)
+    assert isinstance(kind, str)
+    return TYPES[kind][1](value)
+
+
 class EmulatedLoader:
     """In place of a KernelLoader: what is loaded is emulated, with ``options`` of ``EmulatedKernel``'s call."""
 
@@ -116,7 +127,7 @@ class EmulatedLoader:
         self._kernels, self._options = kernels, options
 
     def cuda(self, name: str, *, shared_bytes: int = 0) -> Any:
-        def launch(*values: int | float, grid: int, block: int, **_on: Any) -> None:
+        def launch(*values: Value, grid: int, block: int, **_on: Any) -> None:
             self._kernels[name].launch(*values, grid=grid, block=block, shared_bytes=shared_bytes, **self._options)
 
         return SimpleNamespace(launch=launch)

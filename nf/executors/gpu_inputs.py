@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
@@ -92,9 +93,8 @@ class StepInputs:
         self.pointers = self._usual.pointers(self._memory.pointer)
         self.pointers |= self._extra.pointers(self._memory.pointer + self._usual.num_bytes)
         self.pointers |= {name: self.pointers["counts"] + 4 * index for index, name in enumerate(COUNTS)}
-        self.sampling = SamplingArrays(
-            self.pointers["num_samples"], *(self.pointers[f"sampling.{name}"] for name in SamplingArrays._fields[1:])
-        )
+        sampled = [f"sampling.{field.name}" for field in fields(SamplingArrays)[1:]]
+        self.sampling = SamplingArrays(self.pointers["num_samples"], *map(self.pointers.__getitem__, sampled))
 
     def count(self, start: int, stop: int) -> int:
         """Device pointer to int32 [1]: how many of the step's rows are in [start, stop), one of ``ranges``."""

@@ -5,6 +5,7 @@ somebody's. What a case has let go of belongs to the next one, whose row counts 
 from __future__ import annotations
 
 import math
+import struct
 import sys
 import weakref
 from types import ModuleType, SimpleNamespace
@@ -131,7 +132,10 @@ class Loader:
         assert stream == STREAM
         self.launched.add(source.name)
         for kind, value in zip(source.parameters, values, strict=True):
-            if kind == "pointer" and value:
+            if isinstance(kind, int):
+                for pointer in struct.unpack(f"{kind}Q", value):
+                    self.memory.check(pointer, source.name)
+            elif kind == "pointer" and value:
                 self.memory.check(value, source.name)
             elif kind.startswith("int"):
                 assert int(value) == value

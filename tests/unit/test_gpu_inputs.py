@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import asdict
 from operator import attrgetter
 
 import device_double
@@ -103,9 +104,8 @@ def check(inputs: StepInputs, batch: Batch) -> None:
         if len(array) or name.endswith("indptr"):
             found = device_double.at(inputs.pointers[name], array.shape, array.dtype)
             np.testing.assert_array_equal(found, array, name)
-    for name, pointer in zip(inputs.sampling._fields[1:], inputs.sampling[1:], strict=True):
-        assert pointer == inputs.pointers[f"sampling.{name}"]
-    assert inputs.sampling.num_samples == inputs.pointers["num_samples"]
+    for name, pointer in asdict(inputs.sampling).items():
+        assert pointer == inputs.pointers[name if name == "num_samples" else f"sampling.{name}"]
 
 
 def names_of(batch: Batch) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,24 @@ SOURCE = KernelSource(
     name="k",
     language="cuda",
     files=(),
-    parameters=("pointer", "int32", "pointer", "float32", "int64", "int32"),
+    parameters=("pointer", "int32", "pointer", "float32", "int64", "int32", 2, "int32"),
     entry="k",
 )
-TYPES = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_float, ctypes.c_int64, ctypes.c_int32)
+
+
+class Pair(ctypes.Structure):
+    _fields_ = (("first", ctypes.c_uint64), ("second", ctypes.c_uint64))
+
+    @property
+    def value(self) -> bytes:
+        assert ctypes.addressof(self) % 8 == 0
+        return struct.pack("2Q", self.first, self.second)
+
+
+TYPES = (
+    ctypes.c_uint64, ctypes.c_int32, ctypes.c_uint64, ctypes.c_float, ctypes.c_int64, ctypes.c_int32, Pair,
+    ctypes.c_int32,
+)  # fmt: skip
 KERNEL = 77
 
 
@@ -97,12 +112,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 def test_the_driver_gets_each_launch_as_it_was_asked_for(driver: Driver) -> None:
     kernel = load.CudaKernel(Artifact(SOURCE, Path("k.cubin"), ()), shared_bytes=1000)
     high = 0xFFFF_8000_1234_5678
+    one, other = struct.pack("2Q", high, 2), struct.pack("2Q", 3, high)
     calls = [
-        ((high, -1, 16, 0.5, -(1 << 40), 7), 132, 128, 0x7F00_0000_0010, False),
-        ((1, 2, 3, 1.0, 4, 5), 132, 128, 0x7F00_0000_0010, False),
-        ((1, 2, 3, 1.0, 4, 5), 132, 128, 0x7F00_0000_0010, True),
-        ((1, 2, 3, 1.0, 4, 6), 1, 1024, 8, True),
-        ((1, 2, 3, 1.0, 4, 6), 1, 1024, 8, False),
+        ((high, -1, 16, 0.5, -(1 << 40), 7, one, 8), 132, 128, 0x7F00_0000_0010, False),
+        ((1, 2, 3, 1.0, 4, 5, one, 9), 132, 128, 0x7F00_0000_0010, False),
+        ((1, 2, 3, 1.0, 4, 5, one, 9), 132, 128, 0x7F00_0000_0010, True),
+        ((1, 2, 3, 1.0, 4, 6, other, 9), 1, 1024, 8, True),
+        ((1, 2, 3, 1.0, 4, 6, other, 9), 1, 1024, 8, False),
     ]
     for values, grid, block, stream, pdl in calls:
         kernel.launch(*values, grid=grid, block=block, stream=stream, pdl=pdl)
@@ -123,10 +139,10 @@ def test_a_refused_launch_says_so(driver: Driver) -> None:
     kernel = load.CudaKernel(Artifact(SOURCE, Path("k.cubin"), ()))
     driver.status = 700
     with pytest.raises(load.LaunchError, match=r"^k: launching it failed with CUDA error 700$"):
-        kernel.launch(1, 2, 3, 4.0, 5, 6, grid=1, block=32, stream=0)
+        kernel.launch(1, 2, 3, 4.0, 5, 6, bytes(16), 7, grid=1, block=32, stream=0)
     driver.status = 2
     with pytest.raises(DeviceMemoryError, match=r"^k: launching it needs .*: 0\.50 of 16\.00 GiB are free$"):
-        kernel.launch(1, 2, 3, 4.0, 5, 6, grid=1, block=32, stream=0)
+        kernel.launch(1, 2, 3, 4.0, 5, 6, bytes(16), 7, grid=1, block=32, stream=0)
 
 
 def test_what_a_loader_has_loaded_is_unloaded_with_it(driver: Driver) -> None:
