@@ -53,8 +53,7 @@ class GemmConfig:
 
     ``evict`` tells the L2 cache how to treat x and W, a letter each: it drops "f" first, "l" last and "n" as it likes;
     empty: it is told nothing. A wave of tiles reads as much of both as the cache can hold; by a model of it
-    (scripts/gemm_traffic.py) it would then have dropped what the next wave reads again. No configuration in the table
-    tells it anything yet.
+    (scripts/gemm_traffic.py) it would then have dropped what the next wave reads again.
     """
 
     tile_m: int

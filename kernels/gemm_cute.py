@@ -470,6 +470,8 @@ class Gemm(GemmUnits):
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(drained)
                 done += 1
+            if const_expr(sE is not None):
+                read, release = self._read_extra(ring, read, release, 0, wg, from_e, tE, rE_load)
             for index in cutlass.range_constexpr(self.owned):
                 mine = cute.make_tensor(sums.iterator + index * self.unit_values, cute.make_layout(self.unit_values))
                 block, piece = self._place_of(index, rank_k)
@@ -478,20 +480,9 @@ class Gemm(GemmUnits):
                     token = column * tile_n + piece * (self.unit_values * 2)
                     self._store_direct(mine, Y, E, lane, rows_at, token, valid, n)
                 else:
-                    if const_expr(sE is not None):
-                        at = index % self.extras_per_stage
-                        if const_expr(at == 0):
-                            ring.consumer_wait(read)
-                        cute.copy(
-                            from_e,
-                            tE[(None, None, None, read.index * self.units_per_block + at * self.consumers + wg)],
-                            rE_load,
-                        )
-                        if const_expr(at == self.extras_per_stage - 1 or index == self.owned - 1):
-                            ring.consumer_release(read)
-                            read.advance()
-                            release.advance()
                     self._finish(mine, rY, rE)
+                    if const_expr(sE is not None and index + 1 < self.owned):  # on its way as this unit is stored
+                        read, release = self._read_extra(ring, read, release, index + 1, wg, from_e, tE, rE_load)
                     buffer = wg * self.store_stages + (stored + index) % self.store_stages
                     cute.copy(to_shared, rY, tY[(None, None, None, buffer)])
                     cute.arch.fence_proxy("async.shared", space="cta")
@@ -508,6 +499,21 @@ class Gemm(GemmUnits):
         if const_expr(not self.swap):
             if leader:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _read_extra(self, ring, read, release, index: cutlass.Constexpr, wg, from_e, tE, rE_load):
+        """Residual or bias of the ``index``-th unit → registers; a consumer's two places in the ring, moved on behind
+        the stage's last."""
+        at = index % self.extras_per_stage
+        if const_expr(at == 0):
+            ring.consumer_wait(read)
+        slot = read.index * self.units_per_block + at * self.consumers + wg
+        cute.copy(from_e, tE[(None, None, None, slot)], rE_load)
+        if const_expr(at == self.extras_per_stage - 1 or index == self.owned - 1):
+            ring.consumer_release(read)
+            read.advance()
+            release.advance()
+        return read, release
 
 
 def build(

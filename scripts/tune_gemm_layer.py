@@ -6,8 +6,9 @@ its end.
     python scripts/tune_gemm_layer.py compile --bundle DIR                   # anywhere
     python scripts/tune_gemm_layer.py measure --bundle DIR --out a.json      # on the GPU, needs cupy
 
-Starts from the best configuration for all products alike, then tries the others for one product after the other and
-keeps what is faster. The record goes to ``tune_gemm.py reduce``; its seconds are those of the layer.
+Starts from what the table has or one configuration for all products, whatever is faster, then tries the others for one
+product after the other, twice, and keeps what is faster. The record goes to ``tune_gemm.py reduce``; its seconds are
+those of the layer, and it leaves no choice: the best of each product is so beside the best of the others.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from nf.bench.measure import Call, measure
 from nf.cli.parser import CommandParser
 from nf.errors import NfError
 from nf.kernels.compile import compile_kernels, load_bundle
-from nf.kernels.gemm import GemmChoice, GemmConfig, GemmKernels
+from nf.kernels.gemm import GemmChoice, GemmConfig, GemmKernels, choose, configurations
 from nf.kernels.load import KernelLoader
 
 ROWS = (16, 32, 64)
 SMS = 132
-WARM_SECONDS, RUN_SECONDS = 0.12, 0.2  # of each timing
+WARM_SECONDS, RUN_SECONDS = 0.1, 0.12  # of each timing
 ORDER = ("gate_up", "down", "qkv", "o")  # the longest first
+SWEEPS = 2
 
 Choices = dict[str, GemmConfig]  # of each product of a layer
 
 
 def candidates(rows: int) -> list[GemmConfig]:
     found = [GemmConfig(64, rows, split=split, swap=True) for split in (1, 2)]
-    found += [GemmConfig(64, rows, 2, split=split, swap=True) for split in (1, 2, 4) if rows // split > 4]
-    found += [GemmConfig(128, rows, split=2, swap=True)]
-    return found + ([GemmConfig(64, rows, split=4, swap=True)] if rows > 16 else [])
+    found += [GemmConfig(64, rows, 2, split=split, swap=True) for split in (1, 2)]
+    return [*found, GemmConfig(128, rows, split=2, swap=True), GemmConfig(64, max(rows, 32), split=4, swap=True)]
 
 
 class Layer:
@@ -81,20 +82,22 @@ def descend(layer: Layer, model: str) -> Iterator[dict[str, Any]]:
     """A point per product: the layer's seconds with each candidate for it, the others at the best known then."""
     reference = layer.cublas()
     configs = candidates(layer.rows)
-    alike = sorted((layer.seconds(dict.fromkeys(layer.shapes, config)), config) for config in configs)
-    best, choices = alike[0][0], dict.fromkeys(layer.shapes, alike[0][1])
-    for name in ORDER:
-        times = {choices[name]: best}
-        for config in configs:
-            if config not in times:
-                times[config] = layer.seconds({**choices, name: config})
+    starts = [{name: choose(n, k, layer.rows, SMS).config for name, (n, k) in layer.shapes.items()}]
+    starts += [dict.fromkeys(layer.shapes, config) for config in configs]
+    choices = min(starts, key=layer.seconds)
+    points = {}
+    for name in ORDER * SWEEPS:
+        others = [config for config in configs if config != choices[name]]
+        times = {config: layer.seconds({**choices, name: config}) for config in [choices[name], *others]}
         choices[name] = min(times, key=lambda config: times[config])
-        best = times[choices[name]]
         n, k = layer.shapes[name]
-        yield {
-            "model": model, "name": name, "n": n, "k": k, "sms": SMS, "rows": layer.rows, "cublas": reference,
-            "times": [[config.label, 8, seconds] for config, seconds in times.items()],
+        points[name] = {
+            "model": model, "name": name, "n": n, "k": k, "sms": SMS, "rows": layer.rows, "cublas": None,
+            "layer_cublas": reference, "times": [[choices[name].label, 8, times[choices[name]]]],
+            "tried": {config.label: seconds for config, seconds in times.items()},
         }  # fmt: skip
+    yield from points.values()
+    best = layer.seconds(choices)
     labels = " ".join(f"{name} {config.label}" for name, config in choices.items())
     print(f"{model}, {layer.rows} rows: {best * 1e6:.1f} µs, cuBLAS {reference * 1e6:.1f} µs; {labels}", flush=True)
 
@@ -109,7 +112,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "measure" and args.out is None:
         parser.error("--out: measure needs a file for its record")
-    sources = [config.source("none") for rows in args.rows for config in candidates(rows)]
+    configs = {*configurations(), *(config for rows in args.rows for config in candidates(rows))}
+    sources = [config.source("none") for config in sorted(configs) if config.swap]
     if args.command == "compile":
         compile_kernels(sources, "sm_90a", folder=args.bundle)
         return

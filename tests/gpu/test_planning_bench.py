@@ -41,10 +41,9 @@ def test_a_profile_is_filled(bench: GpuBench, device: Device) -> None:
     profile = Profile(profile_key(device), "small", device.sms)
     fill(profile, bench, bench.model.operations, EXTENT, save=lambda _: None)
     assert missing_points(profile, bench.model.operations, EXTENT).count == 0
-    assert all(0 < point.seconds < 0.01 for point in profile.solos.values())
-    for pair in profile.co_runs.values():
-        assert 0 < pair.first.seconds < 0.01
-        assert 0 < pair.second.seconds < 0.01
+    solos = [point.seconds for point in profile.solos.values()]
+    pairs = [side.seconds for pair in profile.co_runs.values() for side in (pair.first, pair.second)]
+    assert [seconds for seconds in solos + pairs if not 0 < seconds < 1] == []
 
 
 def test_power_is_that_of_the_card(device: Device) -> None:
