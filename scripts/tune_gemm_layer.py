@@ -8,7 +8,8 @@ its end.
 
 Starts from what the table has or one configuration for all products, whatever is faster, then tries the others for one
 product after the other, twice, and keeps what is faster. The record goes to ``tune_gemm.py reduce``; its seconds are
-those of the layer, and it leaves no choice: the best of each product is so beside the best of the others.
+those of the layer, and it leaves no choice: the best of each product is so beside the best of the others. With
+``--evict``, given to both, candidates tell the L2 cache what to drop, e.g. W, so that it keeps x (``nf``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from nf.bench.measure import Call, measure
 from nf.cli.parser import CommandParser
 from nf.errors import NfError
 from nf.kernels.compile import compile_kernels, load_bundle
-from nf.kernels.gemm import GemmChoice, GemmConfig, GemmKernels, choose, configurations
+from nf.kernels.gemm import EVICTIONS, GemmChoice, GemmConfig, GemmKernels, choose, configurations
 from nf.kernels.load import KernelLoader
 
 ROWS = (16, 32, 64)
@@ -40,10 +42,11 @@ SWEEPS = 2
 Choices = dict[str, GemmConfig]  # of each product of a layer
 
 
-def candidates(rows: int) -> list[GemmConfig]:
+def candidates(rows: int, evict: str) -> list[GemmConfig]:
     found = [GemmConfig(64, rows, split=split, swap=True) for split in (1, 2)]
     found += [GemmConfig(64, rows, 2, split=split, swap=True) for split in (1, 2)]
-    return [*found, GemmConfig(128, rows, split=2, swap=True), GemmConfig(64, max(rows, 32), split=4, swap=True)]
+    found += [GemmConfig(128, rows, split=2, swap=True), GemmConfig(64, max(rows, 32), split=4, swap=True)]
+    return [replace(config, evict=evict) for config in found]
 
 
 class Layer:
@@ -78,10 +81,9 @@ class Layer:
         return measure([layer], warm=WARM_SECONDS, run=RUN_SECONDS).seconds
 
 
-def descend(layer: Layer, model: str) -> Iterator[dict[str, Any]]:
+def descend(layer: Layer, model: str, configs: list[GemmConfig]) -> Iterator[dict[str, Any]]:
     """A point per product: the layer's seconds with each candidate for it, the others at the best known then."""
     reference = layer.cublas()
-    configs = candidates(layer.rows)
     starts = [{name: choose(n, k, layer.rows, SMS).config for name, (n, k) in layer.shapes.items()}]
     starts += [dict.fromkeys(layer.shapes, config) for config in configs]
     choices = min(starts, key=layer.seconds)
@@ -108,11 +110,14 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument(
+        "--evict", choices=EVICTIONS, default="", metavar="XW", help="what candidates tell L2: nf, lf, fl"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.command == "measure" and args.out is None:
         parser.error("--out: measure needs a file for its record")
-    configs = {*configurations(), *(config for rows in args.rows for config in candidates(rows))}
+    configs = {*configurations(), *(config for rows in args.rows for config in candidates(rows, args.evict))}
     sources = [config.source("none") for config in sorted(configs) if config.swap]
     if args.command == "compile":
         compile_kernels(sources, "sm_90a", folder=args.bundle)
@@ -125,7 +130,7 @@ def main() -> None:
     for model in args.models:
         weights = {name: normal(n, k) for name, (n, k) in MODELS[model].items()}
         for rows in args.rows:
-            record["points"] += descend(Layer(kernels, model, weights, rows), model)
+            record["points"] += descend(Layer(kernels, model, weights, rows), model, candidates(rows, args.evict))
             args.out.write_text(json.dumps(record) + "\n")
 
 
