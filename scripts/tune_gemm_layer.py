@@ -43,9 +43,9 @@ Choices = dict[str, GemmConfig]  # of each product of a layer
 
 
 def candidates(rows: int, evict: str) -> list[GemmConfig]:
+    """Partitions have pairs of SMs, so a cluster is a pair at most."""
     found = [GemmConfig(64, rows, split=split, swap=True) for split in (1, 2)]
-    found += [GemmConfig(64, rows, 2, split=split, swap=True) for split in (1, 2)]
-    found += [GemmConfig(128, rows, split=2, swap=True), GemmConfig(64, max(rows, 32), split=4, swap=True)]
+    found += [GemmConfig(64, rows, 2, swap=True), GemmConfig(128, rows, split=2, swap=True)]
     return [replace(config, evict=evict) for config in found]
 
 
