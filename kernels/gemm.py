@@ -137,7 +137,7 @@ class GemmConfig:
         return KernelSource(
             name=name,
             language="cute",
-            files=("gemm_cute.py", "gemm_units_cute.py"),
+            files=("gemm_cute.py", "gemm_producer_cute.py", "gemm_consumer_cute.py", "gemm_units_cute.py"),
             parameters=_PARAMETERS,
             factory="nf.kernels.gemm_cute:build",
             config=tuple(config.items()),

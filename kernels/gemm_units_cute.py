@@ -1,4 +1,4 @@
-"""Device side of the dense GEMM: the units of a tile, from accumulators to output values.
+"""Device side of the dense GEMM: what producer and consumers agree on, the tiles and the units of a tile.
 
 A unit is what one thread block finishes at a time: a few columns of 64 rows. Units of a tile whose K is split are
 shared out among the CTAs of a cluster; each sends its partial sums of the others' units to their shared memory.
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute
+from cutlass import Int32, const_expr, cute
+from cutlass.cute.nvgpu import cpasync
 
 TILE_K = 64  # one 128-byte swizzle row of bf16
 SHARED_BYTES = 228 * 1024  # of an SM
@@ -35,7 +36,7 @@ class GemmTile:
 
 
 class GemmUnits:
-    """What follows from a tile shape, epilogue and output type, and what is done with units.
+    """What follows from a tile shape, epilogue and output type.
 
     A thread holds, for each of its warpgroup's blocks of 64 rows, ``tile_n / 2`` accumulators: 4 for every 8 columns
     (two rows 8 apart, two neighbouring columns each). They are finished in units of a few columns; unit u of the tile
@@ -93,6 +94,18 @@ class GemmUnits:
         assert self.parts == 0 or part_bytes <= longer * TILE_K * 2
 
     @cute.jit
+    def _tile_of(self, work: Int32, m_tiles: Int32, n_tiles: Int32, group: Int32):
+        """Work item → (m, n) in clusters: ``group`` columns of tiles at a time, N fastest within a group."""
+        first = work // (m_tiles * group) * group
+        width = cutlass.min(n_tiles - first, group)
+        rest = work - first * m_tiles
+        return rest // width, first + rest % width
+
+    @staticmethod
+    def _partition(atom, rank, peers, shared, tiled):
+        return cpasync.tma_partition(atom, rank, peers, cute.group_modes(shared, 0, 2), cute.group_modes(tiled, 0, 2))
+
+    @cute.jit
     def _share_of(self, k_tiles, rank_k):
         """First K tile of a rank and the one behind its last."""
         return k_tiles * rank_k // self.split, k_tiles * (rank_k + 1) // self.split
@@ -109,88 +122,3 @@ class GemmUnits:
         if const_expr(self.row_blocks == 1):
             return 0, unit
         return unit // self.units_per_block, unit % self.units_per_block
-
-    @cute.jit
-    def _send(self, ring, flat, received, place, wg, lane, owner: cutlass.Constexpr, k_tiles, done):
-        """Partial sums of the units that rank ``owner`` finishes → the stages its producer has set aside for them.
-
-        Their place in the owner's ring follows from the number of tiles done; the slot of a sender depends on both
-        ranks alone, so sums are added in a fixed order.
-        """
-        _, _, rank_k = place
-        first, last = self._share_of(k_tiles, owner)
-        behind = (done + 1) * (last - first) + done * (self.part_stages + self.extra_stages)
-        slot = (rank_k - owner - 1 + self.split) % self.split
-        peer = self._peer(place, owner)
-        for index in cutlass.range_constexpr(self.owned):
-            part = index * (self.split - 1) + slot
-            stage = (behind + part // self.parts_per_stage) % self.stages
-            full = ring.sync_object_full.get_barrier(stage)
-            start = self._first_of(index * self.split + owner)
-            for quad in cutlass.range_constexpr(self.unit_values // 4):
-                at = start + quad * 4
-                values = (flat[at], flat[at + 1], flat[at + 2], flat[at + 3])
-                bits = tuple(value.bitcast(Int32) for value in values)
-                target = received[(None, lane, quad, wg, part % self.parts_per_stage, stage)].iterator.align(16)
-                cute.arch.store_async_dsmem(target, bits, full, peer)
-
-    def _first_of(self, unit):
-        """First accumulator of a unit."""
-        return unit // self.units_per_block * self.values + unit % self.units_per_block * self.unit_values
-
-    @cute.jit
-    def _take(self, flat, sums, rank_k):
-        """Accumulators of this CTA's units → ``sums``."""
-        for owner in cutlass.range_constexpr(self.split):
-            if rank_k == owner:
-                for index in cutlass.range_constexpr(self.owned):
-                    start = self._first_of(index * self.split + owner)
-                    for i in cutlass.range_constexpr(self.unit_values):
-                        sums[index * self.unit_values + i] = flat[start + i]
-
-    @cute.jit
-    def _finish(self, sums, rY, rE):
-        """Sums of one unit → output values of one store."""
-        for i in cutlass.range_constexpr(cute.size(rY)):
-            if const_expr(self.epilogue == "swiglu"):
-                # W alternates 8 gate rows and 8 up rows: this thread holds both halves of each output.
-                at = 8 * (i // 4) + i % 4
-                rY[i] = self._swiglu(sums[at], sums[at + 4]).to(self.out)
-            elif const_expr(rE is not None):
-                rY[i] = (sums[i] + self._widened(rE, i)).to(self.out)
-            else:
-                rY[i] = sums[i].to(self.out)
-
-    @cute.jit
-    def _widened(self, rE, i: cutlass.Constexpr):
-        """Value ``i`` as fp32, in one instruction: the compiler takes two for the upper of a pair."""
-        pair = cute.recast_tensor(rE, Int32)[i // 2]
-        return (pair << 16 if const_expr(i % 2 == 0) else pair & Int32(-65536)).bitcast(Float32)
-
-    @cute.jit
-    def _swiglu(self, gate, up):
-        return gate * up * cute.arch.rcp_approx(1.0 + cute.math.exp(-gate, fastmath=True))
-
-    @cute.jit
-    def _store_direct(self, sums, Y, E, lane, rows_at, token, valid, n):
-        """Swapped operands: a thread holds two rows of W, 8 apart, and two tokens of every 8."""
-        out_columns = cute.size(Y, mode=[1])
-        token += lane % 4 * 2
-        row = rows_at * 64 + lane // 32 * 16 + lane % 32 // 4
-        if const_expr(self.epilogue == "add"):
-            for i in cutlass.range_constexpr(self.unit_values):
-                # Clamped, not predicated, so that all loads are in flight together.
-                at = cutlass.min(token + i // 4 * 8 + i % 2, valid - 1)
-                sums[i] = sums[i] + E[at, cutlass.min(row + i // 2 % 2 * 8, n - 1)].to(Float32)
-        for i in cutlass.range_constexpr(self.unit_values):
-            at = token + i // 4 * 8 + i % 2
-            if const_expr(self.epilogue == "swiglu"):
-                if const_expr(i // 2 % 2 == 0):
-                    out = rows_at * 32 + lane // 32 * 8 + lane % 32 // 4
-                    value = self._swiglu(sums[i], sums[i + 2])
-                    if at < valid and out < out_columns:
-                        Y[at, out] = value.to(self.out)
-            else:
-                out = row + i // 2 % 2 * 8
-                if at < valid and out < out_columns:
-                    Y[at, out] = sums[i].to(self.out)

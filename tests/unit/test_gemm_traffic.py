@@ -24,7 +24,7 @@ def script() -> Any:
 @given(m_blocks=st.integers(1, 9), n_blocks=st.integers(1, 30), group=st.integers(1, 40))
 def test_tiles_come_as_the_kernel_gives_them_out(script: Any, m_blocks: int, n_blocks: int, group: int) -> None:
     expected = []
-    for work in range(m_blocks * n_blocks):  # _tile_of in kernels/gemm_cute.py
+    for work in range(m_blocks * n_blocks):  # _tile_of in kernels/gemm_units_cute.py
         first = work // (m_blocks * group) * group
         width = min(n_blocks - first, group)
         rest = work - first * m_blocks
