@@ -76,8 +76,7 @@ class GemmConsumer(GemmUnits):
             m, column = self._tile_of(work, m_tiles, n_tiles, group)
             m = m * self.cluster[0] + rank_m
             column = column * self.cluster[1] + rank_n
-            mma.set(warpgroup.Field.ACCUMULATE, False)
-            read, release, mma = self._multiply(ring, read, release, mma, acc, r_left, r_right, k_last - k_first)
+            read, release = self._multiply(ring, read, release, mma, acc, r_left, r_right, k_last - k_first)
             if const_expr(self.split > 1):
                 cute.arch.mbarrier_wait(room, done & 1)
                 for owner in cutlass.range_constexpr(self.split):
@@ -109,6 +108,7 @@ class GemmConsumer(GemmUnits):
 
     @cute.jit
     def _staging(self, y_store, Y, sY, sE, lane):
+        """A thread's part in the stores of its warpgroup; ``sE`` None: nothing is added."""
         atom = hopper.get_smem_store_op(ROW_MAJOR, self.out, Float32)
         matrix_atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), BFloat16)
         one_warpgroup = cute.make_tiled_copy_C_atom(matrix_atom, self._mma(1))
@@ -133,6 +133,7 @@ class GemmConsumer(GemmUnits):
     @cute.jit
     def _multiply(self, ring, read, release, mma, acc, r_left, r_right, k_tiles):
         """A CTA's share of a tile's K → ``acc``; a consumer's two places in the ring."""
+        mma.set(warpgroup.Field.ACCUMULATE, False)
         for k_tile in cutlass.range(k_tiles, unroll=1):
             ring.consumer_wait(read)
             warpgroup.fence()
@@ -150,7 +151,7 @@ class GemmConsumer(GemmUnits):
         warpgroup.wait_group(0)
         ring.consumer_release(release)
         release.advance()
-        return read, release, mma
+        return read, release
 
     @cute.jit
     def _send(self, ring, flat, received, place, wg, lane, owner: cutlass.Constexpr, k_tiles, done):

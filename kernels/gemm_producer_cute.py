@@ -88,6 +88,7 @@ class GemmProducer(GemmUnits):
 
     @cute.jit
     def _operands(self, left_load, left, right_load, right, s_left, s_right, cluster, place):
+        """The left and the right operand, as the CTA at this place in its cluster loads them."""
         tile_m, tile_n, tile_k = self.tile
         rank_m, rank_n, _ = place
         left_mask = right_mask = 0

@@ -50,7 +50,7 @@ _COMMON = (
     "logprobs.cuh", "select.cuh", "first_pass.cuh", "row_stream.cuh", "logits.cuh", "reduce.cuh", "memory.cuh",
     "hopper.cuh",
 )  # fmt: skip
-_LOGITS: tuple[ParameterKind, ...] = ("pointer", "int32", "int32")
+_LOGITS: tuple[ParameterKind, ...] = ("pointer", "int32", "int32")  # where, stride, vocab_size
 
 
 def sources() -> list[KernelSource]:

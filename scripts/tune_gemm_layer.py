@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ class Layer:
         return measure([layer], warm=WARM_SECONDS, run=RUN_SECONDS).seconds
 
 
-def descend(layer: Layer, model: str, configs: list[GemmConfig]) -> Iterator[dict[str, Any]]:
+def descend(layer: Layer, model: str, configs: list[GemmConfig]) -> list[dict[str, Any]]:
     """A point per product: the layer's seconds with each candidate for it, the others at the best known then."""
     reference = layer.cublas()
     starts = [{name: choose(n, k, layer.rows, SMS).config for name, (n, k) in layer.shapes.items()}]
@@ -98,10 +97,10 @@ def descend(layer: Layer, model: str, configs: list[GemmConfig]) -> Iterator[dic
             "layer_cublas": reference, "times": [[choices[name].label, 8, times[choices[name]]]],
             "tried": {config.label: seconds for config, seconds in times.items()},
         }  # fmt: skip
-    yield from points.values()
     best = layer.seconds(choices)
     labels = " ".join(f"{name} {config.label}" for name, config in choices.items())
     print(f"{model}, {layer.rows} rows: {best * 1e6:.1f} µs, cuBLAS {reference * 1e6:.1f} µs; {labels}", flush=True)
+    return list(points.values())
 
 
 def main() -> None:

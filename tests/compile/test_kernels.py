@@ -21,7 +21,7 @@ EVICTING = [
     GemmConfig(256, 192, 1, 2, evict="lf").source("none"),
     GemmConfig(64, 16, swap=True, evict="nf").source("none"),
 ]
-"""As scripts/tune_gemm.py tries them; the table names none yet."""
+"""As the tuning scripts try them, and the table does not name them."""
 
 SOURCES = {source.name: source for source in [*all_sources(), *EVICTING]}
 

@@ -43,7 +43,7 @@ def test_a_profile_is_filled(bench: GpuBench, device: Device) -> None:
     assert missing_points(profile, bench.model.operations, EXTENT).count == 0
     solos = [point.seconds for point in profile.solos.values()]
     pairs = [side.seconds for pair in profile.co_runs.values() for side in (pair.first, pair.second)]
-    assert [seconds for seconds in solos + pairs if not 0 < seconds < 1] == []
+    assert [seconds for seconds in solos + pairs if not 0 < seconds < 0.01] == []
 
 
 def test_power_is_that_of_the_card(device: Device) -> None:

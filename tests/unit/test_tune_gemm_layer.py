@@ -67,7 +67,7 @@ def test_the_table_gets_what_was_best_beside_the_others(script: Any, tmp_path: P
 
     configs = script.candidates(16, "")
     layer = Layer(16, configs)
-    points = list(script.descend(layer, MODEL, configs))
+    points = script.descend(layer, MODEL, configs)
     assert [point["name"] for point in points] == list(script.ORDER)
     assert all(point["tried"].keys() >= {config.label for config in configs} for point in points)
     record = tmp_path / "layer.json"
