@@ -48,8 +48,9 @@ _DSL_TYPES: dict[Output, str] = {"bfloat16": "BFloat16", "float32": "Float32"}
 class GemmConfig:
     """Work of a CTA and a cluster.
 
-    ``tile_m`` rows of x times ``tile_n`` rows of W; swapped, rows of W times rows of x, for few rows of x. A cluster
-    is cluster_m × cluster_n tiles that share their operands by multicast, times ``split`` CTAs that share a tile's K.
+    ``tile_m`` rows of x times ``tile_n`` rows of W; swapped, rows of W times rows of x, for few rows of x: then
+    ``tile_m`` need only be a multiple of 16, so that there are as many tiles as places for CTAs. A cluster is cluster_m
+    × cluster_n tiles that share their operands by multicast, times ``split`` CTAs that share a tile's K.
 
     ``evict`` tells the L2 cache how to treat x and W, a letter each: it drops "f" first, "l" last and "n" as it likes;
     empty: it is told nothing. A wave of tiles reads as much of both as the cache can hold; by a model of it
@@ -90,7 +91,7 @@ class GemmConfig:
     @property
     def warpgroups(self) -> int:
         """That multiply; each holds at most 192 accumulators per thread."""
-        return 1 if self.tile_m == 64 else 2
+        return 1 if self.tile_m <= 64 else 2
 
     @property
     def residents(self) -> int:
@@ -222,9 +223,10 @@ def cost(config: GemmConfig, n: int, k: int, rows: int, sms: int) -> float:
     constants are fitted to what scripts/tune_gemm.py measured: at the card's steady state, choosing by them costs
     0.7 % on average and 5 % at most.
     """
-    multiply = config.tile_m * config.tile_n / 32
+    blocks = -(-config.tile_m // 64)
+    multiply = blocks * 64 * config.tile_n / 32
     from_l2 = config.tile_m / config.cluster_n + config.tile_n / config.cluster_m
-    from_shared = config.tile_m // 64 * (64 + config.tile_n)
+    from_shared = blocks * (64 + config.tile_n)
     k_tiles = -(-k // TILE_K) / config.split
     per_tile = k_tiles * (max(multiply, from_l2) + from_l2 / 10 + from_shared / 50) * config.residents
     per_tile += 2000 + (400 if config.split > 1 else 0)

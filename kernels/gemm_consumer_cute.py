@@ -53,7 +53,7 @@ class GemmConsumer(GemmUnits):
         slice_mma = mma.get_slice(wg * 128)
         r_left = mma.make_fragment_A(slice_mma.partition_A(s_left))
         r_right = mma.make_fragment_B(slice_mma.partition_B(s_right))
-        acc = cute.make_rmem_tensor(slice_mma.partition_shape_C((tile_m, tile_n)), Float32)
+        acc = cute.make_rmem_tensor(slice_mma.partition_shape_C((self.mma_rows, tile_n)), Float32)
         flat = cute.make_tensor(acc.iterator, cute.make_layout(cute.size(acc)))
         # Sums of the units that this CTA finishes: all of the accumulators, or a copy of its share.
         sums = flat if const_expr(self.split == 1) else cute.make_rmem_tensor(self.owned * self.unit_values, Float32)
@@ -90,15 +90,16 @@ class GemmConsumer(GemmUnits):
             for index in cutlass.range_constexpr(self.owned):
                 mine = cute.make_tensor(sums.iterator + index * self.unit_values, cute.make_layout(self.unit_values))
                 block, piece = self._place_of(index, rank_k)
-                rows_at = (m * self.row_blocks + block) * self.consumers + wg  # in blocks of 64
                 if const_expr(self.swap):
+                    first, end = m * tile_m + (block * self.consumers + wg) * 64, cutlass.min((m + 1) * tile_m, n)
                     token = column * tile_n + piece * (self.unit_values * 2)
-                    self._store_direct(mine, Y, E, lane, rows_at, token, valid, n)
+                    self._store_direct(mine, Y, E, lane, first, end, token, valid)
                 else:
                     self._finish(mine, staging.values, staging.extra)
                     if const_expr(sE is not None and index + 1 < self.owned):  # on its way as this unit is stored
                         read, release = self._read_extra(ring, read, release, index + 1, wg, staging)
                     buffer = wg * self.store_stages + (stored + index) % self.store_stages
+                    rows_at = (m * self.row_blocks + block) * self.consumers + wg  # in blocks of 64
                     self._store(staging, buffer, rows_at, column, piece, leader, together)
             stored += self.owned
             work += clusters
@@ -265,25 +266,24 @@ class GemmConsumer(GemmUnits):
             cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def _store_direct(self, sums, Y, E, lane, rows_at, token, valid, n):
-        """Swapped operands: a thread holds two rows of W, 8 apart, and two tokens of every 8."""
-        out_columns = cute.size(Y, mode=[1])
+    def _store_direct(self, sums, Y, E, lane, first, end, token, valid):
+        """Swapped operands: a thread holds two rows of W, 8 apart, of the 64 from ``first`` on, and two tokens of every
+        8. Rows from ``end`` on are no longer the tile's."""
         token += lane % 4 * 2
-        row = rows_at * 64 + lane // 32 * 16 + lane % 32 // 4
+        row = first + lane // 32 * 16 + lane % 32 // 4
         if const_expr(self.epilogue == "add"):
             for i in cutlass.range_constexpr(self.unit_values):
                 # Clamped, not predicated, so that all loads are in flight together.
                 at = cutlass.min(token + i // 4 * 8 + i % 2, valid - 1)
-                sums[i] = sums[i] + E[at, cutlass.min(row + i // 2 % 2 * 8, n - 1)].to(Float32)
+                sums[i] = sums[i] + E[at, cutlass.min(row + i // 2 % 2 * 8, end - 1)].to(Float32)
         for i in cutlass.range_constexpr(self.unit_values):
             at = token + i // 4 * 8 + i % 2
             if const_expr(self.epilogue == "swiglu"):
                 if const_expr(i // 2 % 2 == 0):
-                    out = rows_at * 32 + lane // 32 * 8 + lane % 32 // 4
                     value = self._swiglu(sums[i], sums[i + 2])
-                    if at < valid and out < out_columns:
-                        Y[at, out] = value.to(self.out)
+                    if at < valid and row < end:
+                        Y[at, first // 2 + lane // 32 * 8 + lane % 32 // 4] = value.to(self.out)
             else:
                 out = row + i // 2 % 2 * 8
-                if at < valid and out < out_columns:
+                if at < valid and out < end:
                     Y[at, out] = sums[i].to(self.out)

@@ -7,7 +7,9 @@ warpgroup finishes and stores its own rows alone, so one may multiply while the 
 
 Two things are there for few rows. The CTAs of a cluster can split K: each adds up its share, and they exchange partial
 sums through distributed shared memory so that every CTA finishes an equal part of the tile. And the operands can be
-swapped (W·xᵀ), so that the 64 rows of a WGMMA are rows of W and its narrow side is the tokens.
+swapped (W·xᵀ), so that the 64 rows of a WGMMA are rows of W and its narrow side is the tokens. A tile may then have
+fewer rows of W than its WGMMAs, so that tiles are as many as there are places for CTAs: what these read beyond it, the
+next stage or what lies behind the ring, becomes sums that nobody stores.
 
 The ring carries, for each tile of a CTA and in this order: its share of the K tiles, both operands to a stage; if K is
 split, stages that the peers write their partial sums to; the residual or bias of the units that this CTA finishes. All
@@ -188,6 +190,13 @@ class Gemm(GemmProducer, GemmConsumer):
         pipeline.pipeline_init_arrive(cluster_shape_mn=self.cluster, is_relaxed=True)
         s_left = shared.left.get_tensor(left_layout.outer, swizzle=left_layout.inner)
         s_right = shared.right.get_tensor(right_layout.outer, swizzle=right_layout.inner)
+        s_multiplied = s_left  # with as many rows as are multiplied
+        if const_expr(self.mma_rows > tile_m):
+            rows_layout = hopper.make_smem_layout_a(ROW_MAJOR, (self.mma_rows, tile_n, tile_k), BFloat16, 1)
+            stages_layout = cute.make_layout(self.stages, stride=tile_m * tile_k)
+            s_multiplied = shared.left.get_tensor(
+                cute.append(cute.slice_(rows_layout.outer, (None, None, 0)), stages_layout), swizzle=left_layout.inner
+            )
         sY, sE, sE_read = None, None, None
         if const_expr(not self.swap):
             sY = shared.y.get_tensor(y_layout.outer, swizzle=y_layout.inner)
@@ -227,7 +236,7 @@ class Gemm(GemmProducer, GemmConsumer):
             if const_expr(self.residents == 1):
                 cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[self.consumers])
             self._consume(
-                ring, mma, s_left, s_right, sY, sE_read, received, room, drained, y_store, Y, E, thread - 128,
+                ring, mma, s_multiplied, s_right, sY, sE_read, received, room, drained, y_store, Y, E, thread - 128,
                 place, m_tiles, n_tiles, k, group, valid, n,
             )  # fmt: skip
 

@@ -24,7 +24,7 @@ EVICTION = {"n": None, "f": 0x12F0000000000000, "l": 0x14F0000000000000}
 class GemmTile:
     """Shape of the work of one CTA and one cluster; see GemmConfig in gemm.py for what is chosen when."""
 
-    tile_m: int  # rows of the left operand (x, or W when swapped), a multiple of 64 per warpgroup
+    tile_m: int  # rows of the left operand (x, or W when swapped), a multiple of 64 per warpgroup; swapped, of 16
     tile_n: int  # rows of the right operand, a multiple of 16, at most 256
     cluster_m: int
     cluster_n: int
@@ -55,7 +55,8 @@ class GemmUnits:
         self.grouped = grouped
         self.consumers = tile.warpgroups
         self.threads = 128 * (1 + self.consumers)
-        self.row_blocks = tile.tile_m // (64 * self.consumers)
+        self.row_blocks = -(-tile.tile_m // (64 * self.consumers))
+        self.mma_rows = self.row_blocks * 64 * self.consumers
         self.values = tile.tile_n // 2
         longer = max(tile.tile_m, tile.tile_n)
         paired = 2 if epilogue == "swiglu" else 1  # accumulator columns per output column
@@ -91,6 +92,8 @@ class GemmUnits:
         self.extras_per_stage = self.units_per_block // self.consumers
         self.extra_stages = -(-self.owned // self.extras_per_stage) if epilogue == "add" and not tile.swap else 0
         assert self.stages >= max(2, self.part_stages), "the tile is too large for shared memory"
+        assert self.mma_rows - tile.tile_m <= self.stages * tile.tile_n  # rows read behind the ring of the left operand
+        assert tile.tile_m % (16 if tile.swap else 64) == 0
         assert self.parts == 0 or part_bytes <= longer * TILE_K * 2
 
     @cute.jit

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,17 @@ SMS = 132
 WARM_SECONDS, RUN_SECONDS = 0.1, 0.12  # of each timing
 ORDER = ("gate_up", "down", "qkv", "o")  # the longest first
 SWEEPS = 2
+TILES = (32, 48, 64, 112, 128)  # rows of W
 
 Choices = dict[str, GemmConfig]  # of each product of a layer
 
 
 def candidates(rows: int, evict: str) -> list[GemmConfig]:
-    """Partitions have pairs of SMs, so a cluster is a pair at most."""
-    found = [GemmConfig(64, rows, split=split, swap=True) for split in (1, 2)]
-    found += [GemmConfig(64, rows, 2, swap=True), GemmConfig(128, rows, split=2, swap=True)]
-    return [replace(config, evict=evict) for config in found]
+    """Everything worth a try. Partitions have pairs of SMs, so a cluster is a pair at most; of a pair that splits K, a
+    CTA's share of the sums fits into a stage."""
+    pairs = ((1, 1), (1, 2), (2, 1))  # tiles that share rows of x, CTAs that share K
+    found = [GemmConfig(tile, rows, m, split=split, evict=evict, swap=True) for tile in TILES for m, split in pairs]
+    return [c for c in found if c.split == 1 or -(-c.tile_m // 64) * c.tile_n <= max(c.tile_m, c.tile_n)]
 
 
 class Layer:

@@ -13,9 +13,10 @@ from nf.kernels.registry import all_sources, artifacts
 ARCH = "sm_90a"
 REGISTERS_PER_SM = 65536
 STATIC_SHARED_BYTES = 48 * 1024  # more has to be asked for at the launch
-STACK_BYTES = {"sample": 120}
-"""Per thread, by entry; all others must do without. Two CTAs of sampling share an SM, which leaves a thread 128
-registers, and it spills what it touches once per row, never in a loop over the row."""
+STACK_BYTES = {"sample_": 120, "gemm_128x64_1x1x2_swapped_": 8}
+"""Per thread, by how a name begins; all others must do without. Two CTAs of these share an SM, which leaves a thread of
+sampling 128 registers and one of the GEMM 80, and they spill what they touch once per row or tile, never in a loop over
+the row or over K."""
 
 EVICTING = [
     GemmConfig(256, 192, 1, 2, evict="lf").source("none"),
@@ -38,7 +39,7 @@ def test_compiles_within_its_resources(compiled: dict[str, Artifact], name: str)
     resources = compiled[name].resources
     assert resources, "no kernel in the binary"
     for kernel in resources:
-        stack = STACK_BYTES.get(SOURCES[name].entry, 0)
+        stack = max((limit for start, limit in STACK_BYTES.items() if name.startswith(start)), default=0)
         assert kernel.stack_bytes <= stack, f"{kernel.kernel} spills or indexes registers: {kernel.stack_bytes} bytes"
         assert kernel.registers <= 255
         assert kernel.registers * 128 <= REGISTERS_PER_SM
