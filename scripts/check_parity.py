@@ -2,10 +2,10 @@
 
     python scripts/check_parity.py [--plan nano-batch] [--sequences 4] [--directory /dev/shm] [--json FILE] [llama …]
 
-Teacher-forced over four sequences of 512 tokens, in chunks and then token by token. Prints, for each architecture, the
-largest relative error of a position's logits and how often the most likely token is the same, and beside them the same
-figures of transformers in bfloat16. Fails if an error is above 2e-2 or an agreement below 99 %. Needs PyTorch and
-transformers.
+Teacher-forced over four sequences of 512 tokens (one is too few to tell an agreement of 98.8 % from 99.2 %), in chunks
+and then token by token. Prints, for each architecture, the largest relative error of a position's logits and how often
+the most likely token is the same, and beside them the same figures of transformers in bfloat16. Fails if an error is
+above 2e-2 or an agreement below 99 %. Needs PyTorch and transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "gpu")]
 
-from parity import AGREEMENT, CASES, DENSE_BATCH_SIZE, ERROR, SEQUENCES, TOKENS, measure, write_checkpoint  # noqa: E402
+from parity import AGREEMENT, CASES, DENSE_BATCH_SIZE, ERROR, TOKENS, measure, write_checkpoint  # noqa: E402
 
 from nf.cli.parser import CommandParser  # noqa: E402
 from nf.graphs.plan import load_plan  # noqa: E402
@@ -30,7 +30,7 @@ def main() -> int:
     parser = CommandParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}; all by default")
     parser.add_argument("--plan", default="nano-batch", help="name or file of the pipeline plan")
-    parser.add_argument("--sequences", type=int, default=SEQUENCES, help=f"of 512 tokens (default {SEQUENCES})")
+    parser.add_argument("--sequences", type=int, default=4, help="of 512 tokens (default 4)")
     parser.add_argument("--directory", help="where checkpoints of up to 12 GB are put for a while")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     args = parser.parse_args()

@@ -11,6 +11,7 @@ from nf.graphs.plan import nano_batch_plan
 
 pytestmark = pytest.mark.gpu
 
+SEQUENCES = 12  # models so narrow have many near ties: one sequence cannot tell 98.8 % from 99.1 %
 NAMES = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
 
 
@@ -26,7 +27,8 @@ def parity() -> ModuleType:
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers(parity: ModuleType, name: str, tmp_path: Path) -> None:
     model = parity.write_checkpoint(tmp_path, parity.CASES[name].config(small=True), device="cuda")
-    ours, theirs = parity.measure(model, tmp_path, nano_batch_plan(model.operations, parity.DENSE_BATCH_SIZE))
+    plan = nano_batch_plan(model.operations, parity.DENSE_BATCH_SIZE)
+    ours, theirs = parity.measure(model, tmp_path, plan, SEQUENCES)
     report = f"{ours}; transformers in bfloat16: {theirs}"
     assert ours.error <= parity.ERROR, report
-    assert ours.agreement >= min(parity.AGREEMENT, theirs.agreement), report  # so narrow a model has many near ties
+    assert ours.agreement >= parity.AGREEMENT, report
