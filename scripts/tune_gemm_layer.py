@@ -46,7 +46,7 @@ def candidates(rows: int, evict: str) -> list[GemmConfig]:
     CTA's share of the sums fits into a stage."""
     pairs = ((1, 1), (1, 2), (2, 1))  # tiles that share rows of x, CTAs that share K
     found = [GemmConfig(tile, rows, m, split=split, evict=evict, swap=True) for tile in TILES for m, split in pairs]
-    return [c for c in found if c.split == 1 or -(-c.tile_m // 64) * c.tile_n <= max(c.tile_m, c.tile_n)]
+    return [c for c in found if c.split == 1 or c.warpgroups * c.tile_n <= max(c.tile_m, c.tile_n)]
 
 
 class Layer:
