@@ -51,6 +51,18 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// The same for memory that this warp has just read. The arrival comes after the reads — of other lanes too, behind a
+// __syncwarp — in the order in which shared memory serves a warp. That it returns true the compiler cannot know: a bulk
+// copy made only then waits for the arrival, and so cannot overtake a read that is held up.
+__device__ __forceinline__ bool barrier_arrive_expect_behind(uint32_t barrier, uint32_t bytes) {
+    uint64_t state;  // never all ones
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 %0, [%1], %2;"
+                 : "=l"(state)
+                 : "r"(barrier), "r"(bytes)
+                 : "memory");
+    return state != ~0ull;
+}
+
 // Wait for the phase of this parity (0, 1, 0, …) to complete.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sampling_cases import LENGTH, PromptRows, Result, batch, padded, poisoned
+from sampling_cases import LENGTH, PromptRows, Result, batch, padded, poisoned, shaped
 from sampling_first_pass_tests import FirstPassTests
 from sampling_tests import PromptLogprobsTests, SamplingTests
 
@@ -133,3 +133,24 @@ def test_only_the_rows_there_are(dtype: str) -> None:
         assert (found.token_ids[:count] >= 0).all()
         assert (found.tokens[count:] == -3).all()
         assert (found.ranks[count:] == -7).all()
+
+
+@pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
+def test_every_launch_finds_the_same(dtype: str) -> None:
+    """To the last bit, also while others keep memory busy: a warp's reads of its ring must be over before the next copy
+    there lands, however long they wait behind the stores of an edited row."""
+    count, vocab_size = 264, 128256
+    logits = shaped(np.random.default_rng(5), "normal", count, vocab_size)
+    rows = batch(count, temperature=1.0, repetition_penalty=1.3, logprobs=0)
+    launch = Launch(logits, rows, np.zeros((count, LENGTH), np.int32), dtype, sms=132)
+    launch()
+    first = [array.clone() for array in (launch.chosen, *launch.out[:2])]
+    differing = torch.zeros(3, dtype=torch.int64, device="cuda")
+    memory, side = torch.zeros(2, 1 << 26, device="cuda"), torch.cuda.Stream()
+    for _ in range(400):
+        with torch.cuda.stream(side):
+            memory[0].copy_(memory[1])
+        launch()
+        found = (launch.chosen, *launch.out[:2])
+        differing += torch.stack([(a != b).sum() for a, b in zip(found, first, strict=True)])
+    assert differing.tolist() == [0, 0, 0]
