@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,18 +17,24 @@ from nf.kernels import stream
 
 LIMIT = 5e-6  # seconds
 LAUNCHES = 100  # in a row: fewer than the driver queues before it makes the host wait
-ROUNDS = 30
+ROUNDS = 100  # spread over seconds
 ROWS = 16  # tokens
 
 
 def rows(bench: Bench) -> Iterator[Row]:
-    drivers = {captured: _driver_seconds(bench, captured) for captured in (False, True)}
-    for name, launches, call in _calls(bench):
-        for captured, driver in drivers.items():
-            seconds = host_seconds(call, captured=captured) / launches
+    import cupy
+
+    on = cupy.cuda.Stream(non_blocking=True)
+    calls = list(_calls(bench))
+    launches: list[Callable[[], object]] = [_relaunch(bench, on)]
+    launches += [partial(call, on.ptr) for _, _, call in calls]
+    for suffix, captured in (("", False), (", captured", True)):
+        driver, *others = host_seconds(launches, on, captured=captured)
+        for (name, kernels, _), of_call in zip(calls, others, strict=True):
+            seconds = of_call / kernels
             yield Row(
                 "launch",
-                f"{name}, captured" if captured else name,
+                name + suffix,
                 Measurement(seconds, math.nan),
                 1,
                 "launch",
@@ -55,43 +61,35 @@ def _calls(bench: Bench) -> Iterator[tuple[str, int, Call]]:
     yield "sampling", 1, sampling_cases.call(bench, "fp32", {}, sampling_cases.random_logits(bench, "fp32", 1.0))
 
 
-def _driver_seconds(bench: Bench, captured: bool) -> float:
-    """Of a launch whose arguments and place stand ready: what is left is ctypes and the driver."""
-    import cupy
-
+def _relaunch(bench: Bench, on: Any) -> Callable[[], object]:
+    """A launch whose arguments and place stand ready: what is left is ctypes and the driver."""
     memory, kernel = bench.normal(1024), bench.loader.cuda(stream.COPY.name)
-    on = cupy.cuda.Stream(non_blocking=True)
     kernel.launch(memory.data.ptr, memory.data.ptr, 1, grid=1, block=32, stream=on.ptr)
-    return _host_seconds(kernel.relaunch, on, captured)
+    return kernel.relaunch
 
 
-def host_seconds(call: Call, *, captured: bool = False) -> float:
-    """The least over rounds of the mean time that a call keeps the host: what else the host does only adds to it. The
-    queue is empty at the start of each.
+def host_seconds(launches: Sequence[Callable[[], object]], on: Any, *, captured: bool = False) -> list[float]:
+    """For each, the least over rounds of the mean time that a launch keeps the host: what else the host does only adds
+    to it. All take turns, for what it does comes and goes. The queue is empty at the start of each turn.
 
     Args:
+        on: CuPy's stream that all of them launch on.
         captured: into a graph, which is thrown away.
     """
     import cupy
 
-    on = cupy.cuda.Stream(non_blocking=True)
-    return _host_seconds(partial(call, on.ptr), on, captured)
-
-
-def _host_seconds(launch: Callable[[], object], on: Any, captured: bool) -> float:
-    import cupy
-
     cupy.cuda.Device().synchronize()  # the buffers were filled on another stream
-    times = []
+    least = [math.inf] * len(launches)
     for _ in range(ROUNDS):
-        if captured:
-            on.begin_capture()
-        started = time.perf_counter()
-        for _ in range(LAUNCHES):
-            launch()
-        times.append((time.perf_counter() - started) / LAUNCHES)
-        if captured:
-            on.end_capture()
-        else:
-            on.synchronize()
-    return min(times)
+        for index, launch in enumerate(launches):
+            if captured:
+                on.begin_capture()
+            started = time.perf_counter()
+            for _ in range(LAUNCHES):
+                launch()
+            least[index] = min(least[index], (time.perf_counter() - started) / LAUNCHES)
+            if captured:
+                on.end_capture()
+            else:
+                on.synchronize()
+    return least
