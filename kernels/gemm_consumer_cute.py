@@ -91,7 +91,8 @@ class GemmConsumer(GemmUnits):
                 mine = cute.make_tensor(sums.iterator + index * self.unit_values, cute.make_layout(self.unit_values))
                 block, piece = self._place_of(index, rank_k)
                 if const_expr(self.swap):
-                    first, end = m * tile_m + (block * self.consumers + wg) * 64, cutlass.min((m + 1) * tile_m, n)
+                    first = m * tile_m + (block * self.consumers + wg) * 64
+                    end = n if const_expr(tile_m == self.mma_rows) else cutlass.min((m + 1) * tile_m, n)
                     token = column * tile_n + piece * (self.unit_values * 2)
                     self._store_direct(mine, Y, E, lane, first, end, token, valid)
                 else:

@@ -50,6 +50,8 @@ class GemmProducer(GemmUnits):
                 early = cutlass.min(k_last - k_first, Int32(self.stages))
                 m, column = self._tile_of(work, m_tiles, n_tiles, group)
                 state = self._load_ahead(ring, state, weights, m, column, place, k_first, early, self.swap, True)
+                if const_expr(self.swap):
+                    self._bring_near(weights, m * self.cluster[0] + rank_m, k_first + early, k_last)
         if const_expr(self.residents > 1):
             cute.arch.griddepcontrol_launch_dependents()  # the next kernel finds room beside this one
         cute.arch.griddepcontrol_wait()
@@ -126,6 +128,13 @@ class GemmProducer(GemmUnits):
             self._load(operand, source[(None, k_first + k_tile)], state.index, ring.producer_get_barrier(state))
             state.advance()
         return state
+
+    @cute.jit
+    def _bring_near(self, weights, tile, k_next, k_last):
+        """The K tiles of W behind those in the ring → L2, a few of them: memory is read on while all wait for x."""
+        source = weights.tiles[(None, tile, None)]
+        for k_tile in cutlass.range(k_next, cutlass.min(k_next + self.near_tiles, k_last), unroll=1):
+            cute.prefetch(weights.atom, source[(None, k_tile)])
 
     @cute.jit
     def _make_room(self, ring, state, room, place):

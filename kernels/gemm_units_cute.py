@@ -15,6 +15,7 @@ from cutlass.cute.nvgpu import cpasync
 
 TILE_K = 64  # one 128-byte swizzle row of bf16
 SHARED_BYTES = 228 * 1024  # of an SM
+NEAR_BYTES = 32 * 1024  # of W, behind those in the ring, that a CTA has L2 read before x is there
 SHARED_RESERVED = 1024  # of an SM's 228 KB, by every resident CTA
 EVICTION = {"n": None, "f": 0x12F0000000000000, "l": 0x14F0000000000000}
 """L2 cache policies, as ``createpolicy.fractional`` of PTX makes them for all of an access."""
@@ -81,8 +82,10 @@ class GemmUnits:
         self.residents = tile.residents
         policies = [EVICTION[letter] for letter in tile.evict] or [None, None]
         self.left_policy, self.right_policy = reversed(policies) if tile.swap else policies
+        # Swapped tiles whose ring takes all of this, as 112 × 16, are alone on an SM after all: a KB for y follows.
         shared_bytes = SHARED_BYTES // tile.residents - SHARED_RESERVED
         self.stages = (shared_bytes - 1024 - store_bytes) // stage_bytes
+        self.near_tiles = NEAR_BYTES // (tile.tile_m * TILE_K * 2)  # of W, when swapped
         # Behind a tile's operands the ring carries the partial sums of the peers ("parts": one unit of one peer), where
         # the longer operand stands in a stage, and the residual, where the right one stands.
         self.parts = (tile.split - 1) * self.owned

@@ -13,7 +13,7 @@ from nf.kernels.registry import all_sources, artifacts
 ARCH = "sm_90a"
 REGISTERS_PER_SM = 65536
 STATIC_SHARED_BYTES = 48 * 1024  # more has to be asked for at the launch
-STACK_BYTES = {"sample_": 120, "gemm_128x64_1x1x2_swapped_": 8}
+STACK_BYTES = {"sample_": 120, "gemm_128x64_1x1x2_swapped_": 16}
 """Per thread, by how a name begins; all others must do without. Two CTAs of these share an SM, which leaves a thread of
 sampling 128 registers and one of the GEMM 80, and they spill what they touch once per row or tile, never in a loop over
 the row or over K."""

@@ -30,5 +30,7 @@ def test_logits_are_those_of_transformers(parity: ModuleType, name: str, tmp_pat
     plan = nano_batch_plan(model.operations, parity.DENSE_BATCH_SIZE)
     ours, theirs = parity.measure(model, tmp_path, plan, SEQUENCES)
     report = f"{ours}; transformers in bfloat16: {theirs}"
-    assert ours.error <= parity.ERROR, report
+    # Of so many positions the worst may lie beyond the bound where bfloat16 itself does.
+    assert ours.error <= max(parity.ERROR, theirs.error), report
+    assert ours.mean_error <= theirs.mean_error, report
     assert ours.agreement >= parity.AGREEMENT, report
