@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nf.bench import gemm_cases
-from nf.bench.kernels import Bench, Row
+from nf.bench.kernels import Bench, Row, pointers
 from nf.bench.measure import Call, measure
 from nf.kernels.decode_attention import DecodeAttention, DecodeShape
 
@@ -71,10 +71,13 @@ def call(bench: Bench, heads: int, kv_lens: list[int], sms: int) -> Call:
     )  # fmt: skip
     stream.synchronize()
 
-    def launch(stream: int, _keep: Any = (q, kv, out, workspace, lens, indptr, indices, count)) -> None:
+    arrays = q, kv, out, workspace, lens, indptr, indices, count
+    q_at, kv_at, out_at, workspace_at, lens_at, indptr_at, indices_at, _ = pointers(*arrays)
+
+    def launch(stream: int, _keep: Any = arrays) -> None:
         attention.launch(
-            q=q.data.ptr, q_stride=columns, kv=kv.data.ptr, out=out.data.ptr, **table, kv_indices=indices.data.ptr,
-            workspace=workspace.data.ptr, sms=sms, stream=stream,
+            q=q_at, q_stride=columns, kv=kv_at, out=out_at, kv_lens=lens_at, kv_indptr=indptr_at,
+            kv_indices=indices_at, workspace=workspace_at, sms=sms, stream=stream, pdl=True,
         )  # fmt: skip
 
     return launch

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nf.bench import cublas
-from nf.bench.kernels import Bench, Row
+from nf.bench.kernels import Bench, Row, pointers
 from nf.bench.measure import Call, Measurement, measure
 from nf.kernels.gemm import Epilogue, Gemm, GemmKernels, Output
 
@@ -67,11 +67,13 @@ class Products:
         return _row(case, measured, count * self.bytes, "cuBLAS", reference, floor)
 
     def ours(self, count: int, sms: int) -> Call:
-        calls = [
+        return functools.partial(_all, self.each(count, sms))
+
+    def each(self, count: int, sms: int) -> list[Call]:
+        return [
             _call(self.bench, self.kernels.product(n, k, count, sms=sms, output=self.output), w, self.empty(count, n))
             for (n, k), w in zip(self.shapes, self.weights, strict=True)
         ]
-        return functools.partial(_all, calls)
 
     def cublas(self, count: int) -> Call:
         return functools.partial(
@@ -113,10 +115,11 @@ def _call(bench: Bench, product: Gemm, w: Any, y: Any, extra: Any = None) -> Cal
     x = bench.normal(product.capacity, product.k)
     extra = y if extra is None else extra
     count = cupy.array([product.capacity], cupy.int32)
-    pointers = {"x": x.data.ptr, "w": w.data.ptr, "y": y.data.ptr, "rows": count.data.ptr, "extra": extra.data.ptr}
+    arrays = x, w, y, count, extra
+    x_at, w_at, y_at, count_at, extra_at = pointers(*arrays)
 
-    def call(stream: int, _keep: Any = (x, w, y, extra, count)) -> None:
-        product.launch(**pointers, stream=stream)
+    def call(stream: int, _keep: Any = arrays) -> None:
+        product.launch(x=x_at, w=w_at, y=y_at, rows=count_at, extra=extra_at, stream=stream)
 
     return call
 

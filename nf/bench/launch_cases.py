@@ -48,7 +48,7 @@ def rows(bench: Bench) -> Iterator[Row]:
 def _calls(bench: Bench) -> Iterator[tuple[str, int, Call]]:
     """(name, kernels that a call launches, call)."""
     products = Products(bench, [MODELS["llama-3-8b"]["o"]])
-    yield "gemm", 1, products.ours(ROWS, bench.sms)
+    yield "gemm", 1, products.each(ROWS, bench.sms)[0]
     yield "decode_attention", 2, decode_attention_cases.call(bench, 32, [128] * ROWS, bench.sms)
     yield "prefill_attention", 1, prefill_attention_cases.call(bench, 1, ROWS, 0)
     yield "norm", 1, memory_cases.norm_call(bench, ROWS, "plain")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nf.bench.kernels import Bench, Row
+from nf.bench.kernels import Bench, Row, pointers
 from nf.bench.measure import Call, measure
 from nf.config import RopeConfig
 from nf.kernels import gather, norm, rope_append
@@ -51,15 +51,18 @@ def _count(tokens: int) -> Any:
 def norm_call(bench: Bench, tokens: int, variant: norm.Variant, of: int | None = None) -> Call:
     import cupy
 
-    kernel = norm.RmsNorm(bench.loader, HIDDEN, 1e-5, variant)
+    sms, kernel = bench.sms, norm.RmsNorm(bench.loader, HIDDEN, 1e-5, variant)
     hidden, delta, weight = bench.normal(of or tokens, HIDDEN), bench.normal(tokens, HIDDEN), bench.normal(HIDDEN)
     normed, count = cupy.empty((tokens, HIDDEN), cupy.uint16), _count(tokens)
     listed = cupy.random.permutation(of or tokens)[:tokens].astype(cupy.int32)
 
-    def call(stream: int) -> None:
+    arrays = hidden, weight, normed, count, delta, listed
+    hidden_at, weight_at, normed_at, count_at, delta_at, listed_at = pointers(*arrays)
+
+    def call(stream: int, _keep: Any = arrays) -> None:
         kernel.launch(
-            hidden=hidden.data.ptr, weight=weight.data.ptr, normed=normed.data.ptr, count=count.data.ptr,
-            delta=delta.data.ptr, rows=listed.data.ptr, start=0, stop=tokens, sms=bench.sms, stream=stream, pdl=True,
+            hidden=hidden_at, weight=weight_at, normed=normed_at, count=count_at, delta=delta_at, rows=listed_at,
+            start=0, stop=tokens, sms=sms, stream=stream, pdl=True,
         )  # fmt: skip
 
     return call
@@ -72,7 +75,7 @@ def rope_call(bench: Bench, tokens: int, decodes: bool) -> Call:
     from nf.executors.rope import rotary_table
 
     shape = rope_append.RopeShape(HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE)
-    kernel = rope_append.RopeAppend(bench.loader, shape)
+    sms, kernel = bench.sms, rope_append.RopeAppend(bench.loader, shape)
     qkv = bench.normal(tokens, shape.qkv_size)
     kv = cupy.zeros((tokens, KV_HEADS, 2 * HEAD_DIM * PAGE_SIZE), cupy.uint16)
     table = cupy.asarray(rope_append.rotary_pairs(*rotary_table(RopeConfig(), HEAD_DIM, POSITIONS)))
@@ -85,11 +88,13 @@ def rope_call(bench: Bench, tokens: int, decodes: bool) -> Call:
     places = (pages * PAGE_SIZE + positions % PAGE_SIZE).astype(cupy.int32)
     count = _count(tokens)
 
-    def call(stream: int) -> None:
+    arrays = qkv, kv, table, places, positions, count
+    qkv_at, kv_at, table_at, places_at, positions_at, count_at = pointers(*arrays)
+
+    def call(stream: int, _keep: Any = arrays) -> None:
         kernel.launch(
-            qkv=qkv.data.ptr, kv=kv.data.ptr, table=table.data.ptr, rows=places.data.ptr,
-            positions=positions.data.ptr, count=count.data.ptr, start=0, stop=tokens, sms=bench.sms, stream=stream,
-            pdl=True,
+            qkv=qkv_at, kv=kv_at, table=table_at, rows=places_at, positions=positions_at, count=count_at,
+            start=0, stop=tokens, sms=sms, stream=stream, pdl=True,
         )  # fmt: skip
 
     return call
@@ -99,18 +104,20 @@ def embed_call(bench: Bench, table: Any, tokens: int, decodes: bool) -> Call:
     """Decodes, whose ids are in the token buffer, or prompts, whose ids are given."""
     import cupy
 
-    kernel = gather.Embed(bench.loader, HIDDEN, POSITIONS)
+    sms, kernel = bench.sms, gather.Embed(bench.loader, HIDDEN, POSITIONS)
     hidden = cupy.empty((tokens, HIDDEN), cupy.uint16)
     buffer = cupy.asarray(np.random.default_rng(0).integers(0, VOCAB, (256, POSITIONS)).astype(np.int32))
     ids = cupy.full(tokens, -1, cupy.int32) if decodes else cupy.random.randint(0, VOCAB, tokens).astype(cupy.int32)
     slots = (cupy.arange(tokens) % 256).astype(cupy.int32)
     positions, count = cupy.random.permutation(POSITIONS)[:tokens].astype(cupy.int32), _count(tokens)
 
-    def call(stream: int) -> None:
+    arrays = table, hidden, buffer, ids, slots, positions, count
+    table_at, hidden_at, buffer_at, ids_at, slots_at, positions_at, count_at = pointers(*arrays)
+
+    def call(stream: int, _keep: Any = arrays) -> None:
         kernel.launch(
-            table=table.data.ptr, hidden=hidden.data.ptr, tokens=buffer.data.ptr, token_ids=ids.data.ptr,
-            token_slots=slots.data.ptr, positions=positions.data.ptr, count=count.data.ptr, start=0, stop=tokens,
-            sms=bench.sms, stream=stream, pdl=True,
+            table=table_at, hidden=hidden_at, tokens=buffer_at, token_ids=ids_at, token_slots=slots_at,
+            positions=positions_at, count=count_at, start=0, stop=tokens, sms=sms, stream=stream, pdl=True,
         )  # fmt: skip
 
     return call

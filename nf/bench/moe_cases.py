@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from nf.bench.kernels import Bench, Row
+from nf.bench.kernels import Bench, Row, pointers
 from nf.bench.measure import Call, Measurement, measure
 from nf.kernels import gemm
 from nf.kernels.moe import TILE_ROWS, Moe, MoeShape
@@ -60,31 +60,33 @@ class Routed:
         self.tile_experts = cupy.zeros(self.max_rows // TILE_ROWS, cupy.int32)
         self.num_rows = cupy.zeros(1, cupy.int32)
         self._count = cupy.full(1, tokens, cupy.int32)
+        self._normed_at, self._weight_at, self._experts_at, self._shares_at, self._rows_at, self._places_at = pointers(
+            self.normed, self.weight, self.experts, self.shares, self.rows, self.places
+        )
+        self._tile_experts_at, self._num_rows_at, self._count_at = pointers(
+            self.tile_experts, self.num_rows, self._count
+        )
         stream = cupy.cuda.get_current_stream()
         self.permute(stream.ptr)
         stream.synchronize()
 
-    @property
-    def _range(self) -> dict[str, int]:
-        return {"num_tokens": self._count.data.ptr, "start": 0, "stop": self.tokens}
-
     def route(self, stream: int) -> None:
         self.moe.route(
-            normed=self.normed.data.ptr, weight=self.weight.data.ptr, experts=self.experts.data.ptr,
-            shares=self.shares.data.ptr, **self._range, stream=stream, pdl=True,
+            normed=self._normed_at, weight=self._weight_at, experts=self._experts_at, shares=self._shares_at,
+            num_tokens=self._count_at, start=0, stop=self.tokens, stream=stream, pdl=True,
         )  # fmt: skip
 
     def permute(self, stream: int) -> None:
         self.moe.permute(
-            normed=self.normed.data.ptr, experts=self.experts.data.ptr, permuted=self.rows.data.ptr,
-            places=self.places.data.ptr, tile_experts=self.tile_experts.data.ptr, num_rows=self.num_rows.data.ptr,
-            **self._range, sms=self.sms, stream=stream, pdl=True,
+            normed=self._normed_at, experts=self._experts_at, permuted=self._rows_at, places=self._places_at,
+            tile_experts=self._tile_experts_at, num_rows=self._num_rows_at, num_tokens=self._count_at,
+            start=0, stop=self.tokens, sms=self.sms, stream=stream, pdl=True,
         )  # fmt: skip
 
     def combine(self, stream: int) -> None:
         self.moe.combine(
-            hidden=self.normed.data.ptr, down=self.rows.data.ptr, places=self.places.data.ptr,
-            shares=self.shares.data.ptr, **self._range, sms=self.sms, stream=stream, pdl=True,
+            hidden=self._normed_at, down=self._rows_at, places=self._places_at, shares=self._shares_at,
+            num_tokens=self._count_at, start=0, stop=self.tokens, sms=self.sms, stream=stream, pdl=True,
         )  # fmt: skip
 
 

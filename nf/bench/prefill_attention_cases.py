@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nf.bench.kernels import Bench, Row
+from nf.bench.kernels import Bench, Row, pointers
 from nf.bench.measure import Call, measure
 from nf.kernels.prefill_attention import PrefillAttention
 
@@ -54,10 +54,10 @@ def call(bench: Bench, count: int, new: int, cached: int) -> Call:
     )  # fmt: skip
     stream.synchronize()
 
-    def launch(stream: int, _keep: Any = (q, kv, out, plan, indices)) -> None:
-        attention.launch(
-            q.data.ptr, kv.data.ptr, out.data.ptr, plan.data.ptr, indices.data.ptr,
-            q_stride=columns, sms=bench.sms, stream=stream,
-        )  # fmt: skip
+    arrays, sms = (q, kv, out, plan, indices), bench.sms
+    q_at, kv_at, out_at, plan_at, indices_at = pointers(*arrays)
+
+    def launch(stream: int, _keep: Any = arrays) -> None:
+        attention.launch(q_at, kv_at, out_at, plan_at, indices_at, q_stride=columns, sms=sms, stream=stream, pdl=True)
 
     return launch

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nf.bench.kernels import Bench, Row
+from nf.bench.kernels import Bench, Row, pointers
 from nf.bench.measure import Call, measure
 from nf.kernels import sampling
 
@@ -74,13 +74,14 @@ def call(bench: Bench, dtype: sampling.LogitsType, columns: dict[str, float], lo
     tokens = cupy.random.randint(0, VOCAB, (COUNT, length + 1)).astype(cupy.int32)
     out = [cupy.empty(COUNT * width, cupy.float32) for width in (1, 1, 20, 20)]
     chosen, workspace = cupy.empty(COUNT, cupy.int32), cupy.zeros(kernel.workspace_bytes, cupy.uint8)
-    pointers = sampling.SamplingArrays(**{name: array.data.ptr for name, array in arrays.items()})
-    report = sampling.LogprobArrays(*(array.data.ptr for array in out))
+    of_batch = sampling.SamplingArrays(**{name: array.data.ptr for name, array in arrays.items()})
+    report = sampling.LogprobArrays(*pointers(*out))
+    logits_at, tokens_at, chosen_at, workspace_at = pointers(logits, tokens, chosen, workspace)
 
-    def launch(stream: int, _keep: Any = (arrays, out)) -> None:
+    def launch(stream: int, _keep: Any = (logits, arrays, tokens, out, chosen, workspace)) -> None:
         kernel.launch(
-            logits=logits.data.ptr, stride=VOCAB, arrays=pointers, tokens=tokens.data.ptr, token_ids=chosen.data.ptr,
-            logprobs=report, workspace=workspace.data.ptr, capacity=COUNT, stream=stream, pdl=True,
+            logits=logits_at, stride=VOCAB, arrays=of_batch, tokens=tokens_at, token_ids=chosen_at,
+            logprobs=report, workspace=workspace_at, capacity=COUNT, stream=stream, pdl=True,
         )  # fmt: skip
 
     return launch
