@@ -136,13 +136,14 @@ def test_only_the_rows_there_are(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
-def test_every_launch_finds_the_same(dtype: str) -> None:
+@pytest.mark.parametrize("sms", [3, 132])
+def test_every_launch_finds_the_same(sms: int, dtype: str) -> None:
     """To the last bit, also while others keep memory busy: a warp's reads of its ring must be over before the next copy
-    there lands, however long they wait behind the stores of an edited row."""
-    count, vocab_size = 264, 128256
+    there lands, however long they wait behind the stores of an edited row. On few SMs copies are the fastest."""
+    count, vocab_size = 2 * sms, 128256
     logits = shaped(np.random.default_rng(5), "normal", count, vocab_size)
     rows = batch(count, temperature=1.0, repetition_penalty=1.3, logprobs=0)
-    launch = Launch(logits, rows, np.zeros((count, LENGTH), np.int32), dtype, sms=132)
+    launch = Launch(logits, rows, np.zeros((count, LENGTH), np.int32), dtype, sms)
     launch()
     first = [array.clone() for array in (launch.chosen, *launch.out[:2])]
     differing = torch.zeros(3, dtype=torch.int64, device="cuda")
