@@ -15,8 +15,8 @@ from cutlass.cute.nvgpu import cpasync
 
 TILE_K = 64  # one 128-byte swizzle row of bf16
 SHARED_BYTES = 228 * 1024  # of an SM
-NEAR_BYTES = 32 * 1024  # of W, behind those in the ring, that a CTA has L2 read before x is there
 SHARED_RESERVED = 1024  # of an SM's 228 KB, by every resident CTA
+NEAR_BYTES = 32 * 1024  # of W, behind those in the ring, that a CTA has L2 read before x is there
 EVICTION = {"n": None, "f": 0x12F0000000000000, "l": 0x14F0000000000000}
 """L2 cache policies, as ``createpolicy.fractional`` of PTX makes them for all of an access."""
 

@@ -51,9 +51,9 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// The same for memory that this warp has just read. The arrival comes after the reads — of other lanes too, behind a
-// __syncwarp — in the order in which shared memory serves a warp. That it returns true the compiler cannot know: a bulk
-// copy made only then waits for the arrival, and so cannot overtake a read that is held up.
+// The same for memory that this warp has just read, where a bulk copy must not overtake a read that is held up. To arrive
+// is to release, so the arrival comes after the reads, other lanes' too behind a __syncwarp; and a copy that is made only
+// if this returns true comes after the arrival. It always does, but the compiler cannot know.
 __device__ __forceinline__ bool barrier_arrive_expect_behind(uint32_t barrier, uint32_t bytes) {
     uint64_t state;  // never all ones
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 %0, [%1], %2;"

@@ -70,6 +70,7 @@ class Products:
         return functools.partial(_all, self.each(count, sms))
 
     def each(self, count: int, sms: int) -> list[Call]:
+        """A call of each product."""
         return [
             _call(self.bench, self.kernels.product(n, k, count, sms=sms, output=self.output), w, self.empty(count, n))
             for (n, k), w in zip(self.shapes, self.weights, strict=True)
