@@ -38,6 +38,17 @@ __device__ __forceinline__ void load_values(Values& values, uint32_t v_tile) {
     }
 }
 
+// Wait for a tile's values, a word of each fragment.
+__device__ __forceinline__ void values_arrived(const Values& values) {
+    uint32_t words = 0;
+#pragma unroll
+    for (int i = 0; i < SUBTILES; ++i) {
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j) words ^= values[i][j][0];
+    }
+    use(words);
+}
+
 // Keys outside [begin, end) are not the row's: they count nothing, whatever is there.
 __device__ __forceinline__ void hide_keys(Scores& scores, Values& values, int begin, int end, int lane) {
     const auto hidden = [=](int key) { return key < begin || key >= end; };

@@ -171,12 +171,12 @@ struct Source {
 
     __device__ __forceinline__ void copy_tile(uint32_t stage, uint32_t barrier, int keys) {
         if (elect_lane()) {
-            const bool read = barrier_arrive_expect_behind(barrier, keys * HEAD_DIM * 4);
+            barrier_arrive_expect(barrier, keys * HEAD_DIM * 4);
 #pragma unroll
             for (int i = 0; i < BLOCKS; ++i) {
                 const char* block = head_base + tile % TILES_PER_PAGE * SLAB_BYTES +
                                     static_cast<uint64_t>(blocks[i]) * unsigned(arguments.num_kv_heads * PAGE_BYTES);
-                if (read) copy_block(stage + i * BLOCK_BYTES, block, min(BLOCK, keys - i * BLOCK), barrier);
+                copy_block(stage + i * BLOCK_BYTES, block, min(BLOCK, keys - i * BLOCK), barrier);
             }
         }
         ++tile, --left;

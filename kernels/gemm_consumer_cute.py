@@ -224,6 +224,7 @@ class GemmConsumer(GemmUnits):
         slot = read.index * self.units_per_block + at * self.consumers + wg
         cute.copy(staging.to_registers, staging.slots[(None, None, None, slot)], staging.extra_loaded)
         if const_expr(at == self.extras_per_stage - 1 or index == self.owned - 1):
+            cute.arch.fence_proxy("async.shared", space="cta")
             ring.consumer_release(read)
             read.advance()
             release.advance()

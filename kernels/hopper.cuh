@@ -51,18 +51,6 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// The same for memory that this warp has just read, where a bulk copy must not overtake a read that is held up. To arrive
-// is to release, so the arrival comes after the reads, other lanes' too behind a __syncwarp; and a copy that is made only
-// if this returns true comes after the arrival. It always does, but the compiler cannot know.
-__device__ __forceinline__ bool barrier_arrive_expect_behind(uint32_t barrier, uint32_t bytes) {
-    uint64_t state;  // never all ones
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 %0, [%1], %2;"
-                 : "=l"(state)
-                 : "r"(barrier), "r"(bytes)
-                 : "memory");
-    return state != ~0ull;
-}
-
 // Wait for the phase of this parity (0, 1, 0, …) to complete.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
@@ -90,11 +78,18 @@ __device__ __forceinline__ void bulk_copy(
         : "memory");
 }
 
-// Order this thread's own accesses to shared memory before later bulk copies and WGMMA operands (the async proxy).
+// Order this thread's own accesses to shared memory before later bulk copies and WGMMA operands (the async proxy). Reads
+// too: one that is held up, e.g. behind other warps' stores, is overtaken by a copy into what it reads, even by one that is
+// begun after the read was issued and a barrier has been arrived at.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The same for its own accesses to global memory.
 __device__ __forceinline__ void global_async_proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// Wait for a value. A read whose value has been used is over: a cheaper order than a fence's, which waits for more.
+__device__ __forceinline__ void use(uint32_t value) {
+    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 1;\n@p nanosleep.u32 0;\n}\n" ::"r"(value) : "memory");
+}
 
 // ---- Matrix fragments (mma.sync) ----
 

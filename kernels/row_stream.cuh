@@ -56,7 +56,8 @@ class Stream {
                     for (int i = 0; i < VECTORS; ++i) v[i] = load_shared_16(from + i * 32 * 16);
                     from += ROUND;
                     if (round == ROUNDS - 1) {
-                        __syncwarp();  // all lanes read the slot before this
+                        async_proxy_fence();  // what this lane reads of the slot has arrived
+                        __syncwarp();
                         copy(ahead);
                         step();
                     }
@@ -113,8 +114,8 @@ class Stream {
     __device__ __forceinline__ void copy(Ahead& ahead) {
         if (elect_lane()) {
             const int bytes = max(min(ahead.left, PIECE), 0);
-            const bool read = barrier_arrive_expect_behind(barrier(), bytes);
-            if (bytes > 0 && read) bulk_copy(place(), ahead.from, bytes, barrier(), EVICT_NORMAL);
+            barrier_arrive_expect(barrier(), bytes);
+            if (bytes > 0) bulk_copy(place(), ahead.from, bytes, barrier(), EVICT_NORMAL);
         }
         ahead.from += WARPS * PIECE;
         ahead.left -= WARPS * PIECE;

@@ -7,15 +7,18 @@ its end.
     python scripts/tune_gemm_layer.py measure --bundle DIR --out a.json      # on the GPU, needs cupy
 
 Starts from what the table has or one configuration for all products, whatever is faster, then tries the others for one
-product after the other, twice, and keeps what is faster. The record goes to ``tune_gemm.py reduce``; its seconds are
-those of the layer, and it leaves no choice: the best of each product is so beside the best of the others. With
-``--evict``, given to both, candidates tell the L2 cache what to drop, e.g. W, so that it keeps x (``nf``).
+product after the other, twice, and keeps what is faster. Layers do not repeat well in so short a time, so the fastest
+of all that were met are measured again, at steady state and in turn, and of these the best counts. The record goes to
+``tune_gemm.py reduce``; its seconds are those of the layer, and it leaves no choice: the best of each product is so
+beside the best of the others. With ``--evict``, given to both, candidates tell the L2 cache what to drop, e.g. W, so
+that it keeps x (``nf``).
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,8 @@ from nf.kernels.load import KernelLoader
 
 ROWS = (16, 32, 64)
 SMS = 132
-WARM_SECONDS, RUN_SECONDS = 0.1, 0.12  # of each timing
+WARM_SECONDS, RUN_SECONDS = 0.1, 0.12  # of each timing but those of the finalists
+FINALISTS, TURNS = 8, 3
 ORDER = ("gate_up", "down", "qkv", "o")  # the longest first
 SWEEPS = 2
 TILES = (32, 48, 64, 112, 128)  # rows of W
@@ -42,10 +46,9 @@ Choices = dict[str, GemmConfig]  # of each product of a layer
 
 
 def candidates(rows: int, evict: str) -> list[GemmConfig]:
-    """Everything worth a try. Partitions have pairs of SMs, so a cluster is a pair at most; of a pair that splits K, a
-    CTA's share of the sums fits into a stage."""
-    pairs = ((1, 1), (1, 2), (2, 1))  # tiles that share rows of x, CTAs that share K
-    found = [GemmConfig(tile, rows, m, split=split, evict=evict, swap=True) for tile in TILES for m, split in pairs]
+    """Everything worth a try: alone or in pairs that split K, of which a CTA's share of the sums fits into a stage.
+    Partitions have pairs of SMs, and pairs that share x instead were the best for no product."""
+    found = [GemmConfig(tile, rows, split=split, evict=evict, swap=True) for tile in TILES for split in (1, 2)]
     return [c for c in found if c.split == 1 or c.warpgroups * c.tile_n <= max(c.tile_m, c.tile_n)]
 
 
@@ -60,11 +63,12 @@ class Layer:
         self.y = {name: cupy.empty((rows, n), cupy.uint16) for name, (n, _) in self.shapes.items()}
         self.count = cupy.array([rows], cupy.int32)
 
-    def seconds(self, choices: Choices) -> float:
-        return self._measured([self._product(name, choices[name]) for name in self.shapes])
+    def seconds(self, choices: Choices, *, steady: bool = False) -> float:
+        return self._measured([self._product(name, choices[name]) for name in self.shapes], steady)
 
     def cublas(self) -> float:
-        return self._measured([cublas.gemm(self.x[name], self.weights[name], self.y[name]) for name in self.shapes])
+        calls = [cublas.gemm(self.x[name], self.weights[name], self.y[name]) for name in self.shapes]
+        return self._measured(calls, steady=True)
 
     @functools.cache  # noqa: B019 — both live as long as the process
     def _product(self, name: str, config: GemmConfig) -> Call:
@@ -73,35 +77,50 @@ class Layer:
         return lambda stream: gemm.launch(x=x, w=w, y=y, rows=self.count.data.ptr, stream=stream)
 
     @staticmethod
-    def _measured(calls: list[Call]) -> float:
+    def _measured(calls: list[Call], steady: bool) -> float:
         def layer(stream: int) -> None:
             for call in calls:
                 call(stream)
 
-        return measure([layer], warm=WARM_SECONDS, run=RUN_SECONDS).seconds
+        measured = measure([layer]) if steady else measure([layer], warm=WARM_SECONDS, run=RUN_SECONDS)
+        return measured.seconds
 
 
 def descend(layer: Layer, model: str, configs: list[GemmConfig]) -> list[dict[str, Any]]:
-    """A point per product: the layer's seconds with each candidate for it, the others at the best known then."""
+    """A point per product: its configuration in the best layer, that layer's seconds, and what the layer took with each
+    candidate for it when it was last tried, the others at the best known then."""
     reference = layer.cublas()
+    met: dict[tuple[GemmConfig, ...], float] = {}
+
+    def seconds(choices: Choices) -> float:
+        met[tuple(choices[name] for name in layer.shapes)] = found = layer.seconds(choices)
+        return found
+
     starts = [{name: choose(n, k, layer.rows, SMS).config for name, (n, k) in layer.shapes.items()}]
     starts += [dict.fromkeys(layer.shapes, config) for config in configs]
-    choices = min(starts, key=layer.seconds)
-    points = {}
+    choices, tried = min(starts, key=seconds), {}
     for name in ORDER * SWEEPS:
         others = [config for config in configs if config != choices[name]]
-        times = {config: layer.seconds({**choices, name: config}) for config in [choices[name], *others]}
-        choices[name] = min(times, key=lambda config: times[config])
-        n, k = layer.shapes[name]
-        points[name] = {
-            "model": model, "name": name, "n": n, "k": k, "sms": SMS, "rows": layer.rows, "cublas": None,
-            "layer_cublas": reference, "times": [[choices[name].label, 8, times[choices[name]]]],
-            "tried": {config.label: seconds for config, seconds in times.items()},
-        }  # fmt: skip
-    best = layer.seconds(choices)
+        tried[name] = {config: seconds({**choices, name: config}) for config in [choices[name], *others]}
+        choices[name] = min(tried[name], key=lambda config, of=tried[name]: of[config])
+    finalists = [
+        dict(zip(layer.shapes, each, strict=True)) for each in sorted(met, key=lambda each: met[each])[:FINALISTS]
+    ]
+    turns = [[layer.seconds(each, steady=True) for each in finalists] for _ in range(TURNS)]
+    means = [statistics.fmean(each) for each in zip(*turns, strict=True)]
+    best = min(means)
+    choices = finalists[means.index(best)]
     labels = " ".join(f"{name} {config.label}" for name, config in choices.items())
-    print(f"{model}, {layer.rows} rows: {best * 1e6:.1f} µs, cuBLAS {reference * 1e6:.1f} µs; {labels}", flush=True)
-    return list(points.values())
+    of_best = " ".join(f"{turn[means.index(best)] * 1e6:.1f}" for turn in turns)
+    print(f"{model}, {layer.rows} rows: {of_best} µs, cuBLAS {reference * 1e6:.1f} µs; {labels}", flush=True)
+    return [
+        {
+            "model": model, "name": name, "n": n, "k": k, "sms": SMS, "rows": layer.rows, "cublas": None,
+            "layer_cublas": reference, "times": [[choices[name].label, 8, best]],
+            "tried": {config.label: took for config, took in tried[name].items()},
+        }
+        for name, (n, k) in layer.shapes.items()
+    ]  # fmt: skip
 
 
 def main() -> None:

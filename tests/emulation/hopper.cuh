@@ -183,16 +183,13 @@ inline void grid_dependency_launch() {}
 inline void barrier_init(uint32_t barrier, uint32_t arrivals) { emulator::init_barrier(barrier, arrivals); }
 inline void barrier_init_fence() {}
 inline void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) { emulator::arrive_expecting(barrier, bytes); }
-inline bool barrier_arrive_expect_behind(uint32_t barrier, uint32_t bytes) {
-    barrier_arrive_expect(barrier, bytes);
-    return true;
-}
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::wait_for_barrier(barrier, parity); }
 constexpr uint64_t EVICT_FIRST = 0, EVICT_NORMAL = 1;
 inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier, uint64_t) {
     emulator::bulk_copy(target, source, bytes, barrier);
 }
 inline void async_proxy_fence() {}
+inline void use(uint32_t) {}
 inline void global_async_proxy_fence() {}
 
 // ---- Matrix fragments ----

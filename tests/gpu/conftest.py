@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
         if getattr(item, "originalname", None) in SANITIZED.get(item.path.stem, ()):
             item.add_marker(pytest.mark.sanitize)
+
+
+@pytest.fixture
+def crowd() -> Callable[[], None]:
+    """Call it to have a kernel read and write memory on every multiprocessor, beside what is launched next: then a read
+    of shared memory may wait in its multiprocessor's queue for longer than a bulk copy takes."""
+    torch = pytest.importorskip("torch")
+    memory, stream = torch.zeros(2, 1 << 26, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+
+    def enter() -> None:
+        with torch.cuda.stream(stream):
+            memory[0].copy_(memory[1])
+
+    return enter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,14 @@ class Case:
 
     def run(self, start: int = 0, stop: int = 1 << 30, *, sms: int = 132, planned: int = 0, launches: int = 1) -> Any:
         """Output of the last of several launches on ``sms`` SMs, after a plan for ``planned`` (0: as many)."""
+        launch = self.planned(start, stop, sms=sms, planned=planned)
+        for _ in range(launches):
+            out = launch()
+        torch.cuda.synchronize()
+        return out
+
+    def planned(self, start: int = 0, stop: int = 1 << 30, *, sms: int, planned: int = 0) -> Callable[[], Any]:
+        """What launches on ``sms`` SMs, after a plan for ``planned`` (0: as many)."""
         kernel = DecodeAttention(KernelLoader(artifacts(sources(), "sm_90a")), self.shape, sms=132)
         workspace = torch.full((self.shape.workspace_bytes(132),), 0xAB, dtype=torch.uint8, device="cuda")
         stream = torch.cuda.current_stream().cuda_stream
@@ -75,7 +84,8 @@ class Case:
             sms=planned or sms,
             stream=stream,
         )
-        for _ in range(launches):
+
+        def launch() -> Any:
             out = torch.full((len(self.q), self.shape.num_heads * self.shape.head_dim), NAN, device="cuda").bfloat16()
             kernel.launch(
                 q=self.q.data_ptr(),
@@ -89,8 +99,9 @@ class Case:
                 sms=sms,
                 stream=stream,
             )
-        torch.cuda.synchronize()
-        return out
+            return out
+
+        return launch
 
     def expected(self, row: int) -> Any:
         shape = self.shape
@@ -191,6 +202,20 @@ def test_same_in_every_run(sms: int) -> None:
     outs = [case.run(sms=sms, launches=launches)[: case.rows] for launches in (1, 4, 2)]
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize(("head_dim", "page_size"), [(128, 16), (128, 64), (64, 16)])
+@pytest.mark.parametrize("sms", [132, 8])
+def test_same_in_a_crowd(head_dim: int, page_size: int, sms: int, crowd: Callable[[], None]) -> None:
+    """What a warp reads of its ring must have arrived before the next copy there is begun."""
+    case = Case([5000, 2000, 1] + [900] * 40, shape(head_dim=head_dim, page_size=page_size))
+    launch = case.planned(sms=sms)
+    first, differing = launch(), torch.zeros(1, dtype=torch.int64, device="cuda")
+    case.check(first)
+    for _ in range(100):
+        crowd()
+        differing += (launch()[: case.rows] != first[: case.rows]).sum()
+    assert differing.item() == 0
 
 
 def test_a_row_of_nan_leaves_the_others_alone() -> None:

@@ -6,6 +6,7 @@ likewise with ``--tool racecheck``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,25 @@ def test_same_result_every_time_and_on_any_number_of_sms(kernels: GemmKernels, c
         product.y.fill_(NAN)
         product.launch(gemm, 640, sms=sms)
         assert torch.equal(product.y, first)
+
+
+@pytest.mark.parametrize(
+    "config", [config for config in configurations() if config.serves("residual")], ids=lambda config: config.label
+)
+def test_same_in_a_crowd(kernels: GemmKernels, config: GemmConfig, crowd: Callable[[], None]) -> None:
+    """What is read of a stage, of a residual or a peer's sums, must have arrived before the next copy there is begun:
+    soon, since the operands of a tile take few stages."""
+    rows, n, k = 2048, 4096, 512
+    product = Product(rows, n, k, "residual", "bfloat16")
+    gemm = kernels.product(n, k, rows, sms=132, epilogue="residual", choice=GemmChoice(config))
+    product.launch(gemm, rows)
+    product.check(rows)
+    first, differing = product.y.clone(), torch.zeros(1, dtype=torch.int64, device="cuda")
+    for _ in range(50):
+        crowd()
+        product.launch(gemm, rows)
+        differing += (product.y != first).sum()
+    assert differing.item() == 0
 
 
 def test_more_rows_than_the_capacity_change_nothing(kernels: GemmKernels) -> None:

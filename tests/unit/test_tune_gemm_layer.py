@@ -43,10 +43,13 @@ class Layer:
             found[name] = self._configs[1 if name == "gate_up" else place % len(self._configs)]
         return found
 
-    def seconds(self, choices: dict[str, GemmConfig]) -> float:
+    def seconds(self, choices: dict[str, GemmConfig], *, steady: bool = False) -> float:
         assert choices.keys() == self.shapes.keys()
         best = self.best(choices)
-        return 1 + sum(cost for name, cost in COSTS.items() if choices[name] != best[name])
+        wrong = [name for name in choices if choices[name] != best[name]]
+        if wrong == ["o"] and choices["o"] == self._configs[-1] and not steady:
+            return 0.9  # seems faster than any layer is
+        return 1 + sum(COSTS[name] for name in wrong)
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64])
@@ -62,13 +65,14 @@ def test_candidates_are_for_so_many_rows_and_for_partitions(script: Any, rows: i
 
 
 def test_the_table_gets_what_was_best_beside_the_others(script: Any, tmp_path: Path) -> None:
-    """Each product's best depends on its neighbour: what a product alone would take is not what it gets."""
+    """Each product's best depends on its neighbour: what a product alone would take is not what it gets; nor does it
+    get what was faster at first glance only."""
     import tune_gemm
 
     configs = script.candidates(16, "")
     layer = Layer(16, configs)
     points = script.descend(layer, MODEL, configs)
-    assert [point["name"] for point in points] == list(script.ORDER)
+    assert [point["name"] for point in points] == list(layer.shapes)
     assert all(point["tried"].keys() >= {config.label for config in configs} for point in points)
     record = tmp_path / "layer.json"
     record.write_text(json.dumps({"date": "2026-01-01", "points": points}))
