@@ -52,15 +52,16 @@ class Copies(IntEnum):
 
 
 class EmulatedKernel:
-    """A "cuda" source, compiled for the CPU into ``folder``."""
+    """A "cuda" source, compiled for the CPU into ``folder``, ``without`` some of its text: to see it fail."""
 
-    def __init__(self, source: KernelSource, folder: Path) -> None:
+    def __init__(self, source: KernelSource, folder: Path, *, without: str = "") -> None:
         self._kinds = source.parameters
         home = folder / source.name
         home.mkdir()
         for file in source.files:
             if not (EMULATION / file).exists():  # found there otherwise
-                (home / file).write_text(SHARED.sub(IN_PLACE, (KERNELS / file).read_text()))
+                text = SHARED.sub(IN_PLACE, (KERNELS / file).read_text())
+                (home / file).write_text(text.replace(without, "") if without else text)
         (home / "launch.cpp").write_text(self._launcher(source.entry))
         library = home / "kernel.so"
         defines = [f"-D{name}={value}" for name, value in source.definitions.items()]

@@ -3,7 +3,8 @@
 // are done at once, as late as they may be, or either by chance. So what a kernel must not rely on differs from run to run,
 // and what happens depends on the seed alone.
 //
-// A launch fails, with a reason, where a kernel would hang, read beyond its arrays, or leave copies under way.
+// A launch fails, with a reason, where a kernel would hang, read beyond its arrays, leave copies under way, or might have them
+// overtake its reads.
 #include "emulator.h"
 
 #include <csetjmp>
@@ -43,6 +44,7 @@ struct Fiber {
     unsigned meetings;                        // of its warp so far
     std::vector<std::vector<Copy>> committed;  // groups of copies, oldest first
     std::vector<Copy> open;
+    std::vector<uint32_t> reads;  // of shared memory, perhaps under way
 };
 
 struct Barrier {
@@ -119,7 +121,7 @@ void reset(Fiber& fiber) {
     fiber.begun = fiber.done = false;
     fiber.waits = Waits::NOT;
     fiber.meetings = 0;
-    fiber.committed.clear(), fiber.open.clear();
+    fiber.committed.clear(), fiber.open.clear(), fiber.reads.clear();
 }
 
 // Let everyone of a warp go on who has met the others.
@@ -273,6 +275,10 @@ void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t bar
     if ((reinterpret_cast<uintptr_t>(source) | target | bytes) % 16) fail("a bulk copy that is not aligned");
     if (target + bytes > static_cast<uint32_t>(shared_bytes)) fail("a bulk copy beyond shared memory");
     check_read(source, bytes);
+    const int first = threadIdx.x / WARP * WARP;
+    for (int i = first; i < first + WARP; ++i)
+        for (uint32_t read : fibers[i].reads)
+            if (read + 16 > target && read < target + bytes) fail("a bulk copy that may overtake a read");
     memset(shared_memory_bytes + target, 0xEE, bytes);  // nobody may read there any more what was there
     const BulkCopy copy{target, source, bytes, barrier};
     if (late())
@@ -280,6 +286,10 @@ void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t bar
     else
         do_copy(copy);
 }
+
+void begin_read(uint32_t address) { self().reads.push_back(address); }
+
+void end_reads() { self().reads.clear(); }
 
 }  // namespace emulator
 

@@ -46,4 +46,9 @@ void arrive_expecting(uint32_t barrier, uint32_t bytes);
 void wait_for_barrier(uint32_t barrier, uint32_t parity);
 void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier);
 
+// 16 bytes of shared memory are read, and nobody knows when, until this thread's reads are known to be over: a bulk copy to
+// where a lane of its warp reads might come first.
+void begin_read(uint32_t address);
+void end_reads();
+
 }  // namespace emulator

@@ -188,8 +188,8 @@ constexpr uint64_t EVICT_FIRST = 0, EVICT_NORMAL = 1;
 inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier, uint64_t) {
     emulator::bulk_copy(target, source, bytes, barrier);
 }
-inline void async_proxy_fence() {}
-inline void use(uint32_t) {}
+inline void async_proxy_fence() { emulator::end_reads(); }
+inline void use(uint32_t) { emulator::end_reads(); }
 inline void global_async_proxy_fence() {}
 
 // ---- Matrix fragments ----
@@ -207,6 +207,7 @@ inline uint32_t matrix_element(const emulator::Brought* rows, int row, int colum
 }
 
 inline void load_matrices(uint32_t (&fragment)[4], uint32_t row) {
+    emulator::begin_read(row);
     const emulator::Brought* const lanes = emulator::meet_warp(LOAD_MATRICES, &row, 1);
     const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
     for (int i = 0; i < 4; ++i)
@@ -214,6 +215,7 @@ inline void load_matrices(uint32_t (&fragment)[4], uint32_t row) {
 }
 
 inline void load_matrices_transposed(uint32_t (&fragment)[4], uint32_t row) {
+    emulator::begin_read(row);
     const emulator::Brought* const lanes = emulator::meet_warp(LOAD_MATRICES, &row, 1);
     const int g = lane_of_thread() / 4, t = lane_of_thread() % 4;
     for (int i = 0; i < 4; ++i)

@@ -52,7 +52,10 @@ inline uint4 pack_bf16(const float (&x)[8]) {
     return {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
 }
 
-inline uint4 load_shared_16(uint32_t address) { return *reinterpret_cast<const uint4*>(in_shared(address, 16)); }
+inline uint4 load_shared_16(uint32_t address) {
+    emulator::begin_read(address);
+    return *reinterpret_cast<const uint4*>(in_shared(address, 16));
+}
 inline void store_shared_16(uint32_t address, const uint4& v) { memcpy(const_cast<char*>(in_shared(address, 16)), &v, 16); }
 
 inline void add_shared(uint32_t address, uint32_t value) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,3 +123,13 @@ def test_every_key_counts_once(
         expected = rows.expected(row)
         assert np.linalg.norm(out[row] - expected) < RELATIVE_ERROR * np.linalg.norm(expected), (row, kv_lens[row])
     assert np.isnan(out[len(kv_lens)]).all()
+
+
+@pytest.mark.parametrize("order", ["async_proxy_fence();", "values_arrived(values);"])
+def test_a_copy_that_may_overtake_reads_is_found(
+    kernels: dict[str, EmulatedKernel], tmp_path: Path, order: str
+) -> None:
+    source = attention_source(64, 16, ring_on(1).tile_keys(64))
+    disordered = kernels | {source.name: EmulatedKernel(source, tmp_path, without=order)}
+    with pytest.raises(AssertionError, match="may overtake a read"):
+        Rows([2800], DecodeShape(4, 1, 64, 16), seed=0).attend(disordered, 1, launches=1, copies=Copies.BY_CHANCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,3 +94,11 @@ class TestPromptLogprobs(Emulated, PromptLogprobsTests):
             logprobs=sampling.LogprobArrays(*map(pointer, out)), sms=sms, stream=0,
         )  # fmt: skip
         return Result(None, *out, None)
+
+    def test_a_copy_that_may_overtake_reads_is_found(self, tmp_path: Path) -> None:
+        source = sampling.prompt_logprobs_source("bf16")
+        self.kernels = {source.name: EmulatedKernel(source, tmp_path, without="async_proxy_fence();")}
+        logits = np.zeros((1, 40000), np.float32)  # more than the rings hold
+        one = np.ones(1, np.int32)
+        with pytest.raises(AssertionError, match="may overtake a read"):
+            self.run_prompt(logits, "bf16", PromptRows(one, 0, 1, one, one), sms=1)
