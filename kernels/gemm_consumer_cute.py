@@ -217,7 +217,7 @@ class GemmConsumer(GemmUnits):
     @cute.jit
     def _read_extra(self, ring, read, release, index: cutlass.Constexpr, wg, staging):
         """Residual or bias of the ``index``-th unit → registers; a consumer's two places in the ring, moved on behind
-        the stage's last."""
+        the stage's last, when all of it has arrived: a copy into the stage would overtake a read that is held up."""
         at = index % self.extras_per_stage
         if const_expr(at == 0):
             ring.consumer_wait(read)
