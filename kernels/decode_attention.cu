@@ -102,25 +102,20 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
         multiply_keys(new_scores, k_tile, q_now);
         sums.add(scores, values, scale_log2);
         load_values(values, v_tile);
-        // Nothing may be on its way from the stage any more.
-        const auto refill = [&] {
-            if constexpr (ALL_PLAIN) {
-                values_arrived(values);  // and keys, of which the scores are known
-                __syncwarp();
-                source.copy_quiet(to, barrier);
-            } else {
-                async_proxy_fence();
-                __syncwarp();
-                if (!source.copy(to, barrier, notes + stage * sizeof(Note))) {
-                    --copying;
-                    grid_dependency_launch();
-                }
-            }
+        const auto advance = [&] {
             if (++stage == stages) stage = 0, parity ^= 1;
         };
-        if constexpr (!ALL_PLAIN) refill();  // at once: a segment may be closed before the tile is done with
 
+        // The stage is refilled once nothing is on its way from there any more: of a plain tile in the end, when that costs
+        // least, of others at once, as a segment may be closed before the tile is done with.
         if constexpr (!ALL_PLAIN) {
+            async_proxy_fence();
+            __syncwarp();
+            if (!source.copy(to, barrier, notes + stage * sizeof(Note))) {
+                --copying;
+                grid_dependency_launch();
+            }
+            advance();
             if (before.flags & CLOSES) sums.close(arguments, before, lane);
             if (flags & OPENS) sums.clear();
             before = note;
@@ -133,7 +128,10 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
         if ((flags & ~0xFF) != PLAIN) hide_keys(scores, values, flags >> 8 & 0xFF, flags >> 16, lane);
         sums.make_room(scores, scale_log2);
         if constexpr (ALL_PLAIN) {
-            refill();
+            values_arrived(values);  // and keys, of which the scores are known
+            __syncwarp();
+            source.copy_quiet(to, barrier);
+            advance();
         } else {
             __syncwarp();
             next = read_note(notes + stage * sizeof(Note));
