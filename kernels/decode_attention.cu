@@ -12,10 +12,9 @@
 // that it shares is left to decode_merge.cu: merging here would need a fence at gpu scope per part, which takes
 // microseconds while the memory system is full.
 //
-// On few SMs a warp's own instructions are what limits it, with one other warp to take turns with. So the scores of a
-// tile and the output of the tile before are worked out together, two chains of dependent products that the hardware
-// interleaves (as in FlashAttention-3, Shah et al., arXiv 2407.08608), and nine tiles of ten, which need nothing else,
-// go through a loop that has nothing else.
+// On few SMs a warp's own instructions are what limits it, with one other warp to take turns with. So the output of a tile
+// is worked out while the next one is waited for and read (as in FlashAttention-3, Shah et al., arXiv 2407.08608), and
+// nine tiles of ten, which need nothing else, go through a loop that has nothing else.
 //
 // Configuration: HEAD_DIM (64, 128), PAGE_SIZE (16, 32, 64), TILE keys per stage.
 #include "decode_sums.cuh"
@@ -39,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
     const uint32_t ring = kept(shared_address(shared_memory) + warp * stages * STAGE_BYTES);
     const uint32_t notes = kept(all_notes + warp * stages * sizeof(Note));
     const uint32_t barriers = kept(all_notes + warps * stages * sizeof(Note) + warp * stages * 8);
+    const uint32_t zero = kept(uint32_t(stages) >> 16);  // there are never so many
     if (lane < stages) barrier_init(barriers + 8 * lane, 1);
     barrier_init_fence();
     __syncwarp();
@@ -68,22 +68,25 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
     __syncwarp();
     Note next = read_note(notes);
 
-    // The tile before: its scores, its values, what is noted about it. In the beginning none, and what adding it yields is
-    // cleared when the first segment opens.
+    // The tile before: its weights, its values, what is noted about it. In the beginning none.
     uint32_t q_now[STEPS][2];
     Accumulator sums;
     sums.clear();
-    Scores scores = {};
+    Weights weights = {};
     Values values = {};
     Note before = {};
 
-    // Take the tile in the stage into registers and copy another there; add the tile before.
+    // Add the tile before; take the tile in the stage into registers, weigh it, and copy another there.
     const auto take_tile = [&](auto tiles) {
         constexpr bool ALL_PLAIN = tiles.all_plain;
         const uint32_t k_tile = k_lane + stage * STAGE_BYTES, v_tile = v_lane + stage * STAGE_BYTES;
-        const uint32_t to = ring + stage * STAGE_BYTES, barrier = barriers + 8 * stage;
+        const uint32_t barrier = barriers + 8 * stage;
+        uint32_t to = ring + stage * STAGE_BYTES;
         const Note note = next;
         const int flags = ALL_PLAIN ? PLAIN : note.flags;
+        Source::Aim from;
+        if constexpr (ALL_PLAIN) from = source.aim();
+        sums.add(weights, values);
         barrier_wait(barrier, parity);
         if (flags & OPENS) {
             if (flags & HAS_Q) {
@@ -98,10 +101,15 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
             }
         }
 
-        Scores new_scores;
-        multiply_keys(new_scores, k_tile, q_now);
-        sums.add(scores, values, scale_log2);
+        Keys keys;
+        Scores scores;
+        load_keys(keys, k_tile, 0);
         load_values(values, v_tile);
+#pragma unroll
+        for (int i = 0; i < SUBTILES; ++i) {
+            if (i > 0) load_keys(keys, k_tile, i);
+            multiply_keys(scores[i], keys, q_now);
+        }
         const auto advance = [&] {
             if (++stage == stages) stage = 0, parity ^= 1;
         };
@@ -120,20 +128,15 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
             if (flags & OPENS) sums.clear();
             before = note;
         }
-#pragma unroll
-        for (int i = 0; i < SUBTILES; ++i) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) scores[i][e] = new_scores[i][e];
-        }
         if ((flags & ~0xFF) != PLAIN) hide_keys(scores, values, flags >> 8 & 0xFF, flags >> 16, lane);
         sums.make_room(scores, scale_log2);
+        sums.weigh(weights, scores, scale_log2);
+        __syncwarp();
         if constexpr (ALL_PLAIN) {
-            values_arrived(values);  // and keys, of which the scores are known
-            __syncwarp();
-            source.copy_quiet(to, barrier);
+            to = known_after_tile(scores, values, to, zero);
+            source.copy_quiet(to, barrier, from);
             advance();
         } else {
-            __syncwarp();
             next = read_note(notes + stage * sizeof(Note));
         }
     };
@@ -143,6 +146,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
             while (source.quiet > 0) take_tile(Tiles<true>{});
         }
     }
-    sums.add(scores, values, scale_log2);
+    sums.add(weights, values);
     sums.close(arguments, before, lane);
 }

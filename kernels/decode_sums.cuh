@@ -10,22 +10,23 @@ __device__ __forceinline__ constexpr int fragment_offset(int subtile, int step, 
 }
 
 using Scores = float[SUBTILES][4];            // lane (g, t): keys g and g + 8 of 16, heads 2t and 2t + 1
+using Weights = Scores;                       // of the softmax, where the scores were
+using Keys = uint32_t[STEPS][4];              // of 16 keys
 using Values = uint32_t[SUBTILES][STEPS][4];  // lane (g, t): columns g and g + 8, keys 2t, 2t + 1, and 8 on
 
-// K·Qᵀ of a tile; `k_tile` is lane's fragment address. Two sums per score halve the chain of dependent products.
-__device__ __forceinline__ void multiply_keys(Scores& scores, uint32_t k_tile, const uint32_t (&q)[STEPS][2]) {
+// 16 keys of a tile; `k_tile` is lane's fragment address.
+__device__ __forceinline__ void load_keys(Keys& keys, uint32_t k_tile, int subtile) {
 #pragma unroll
-    for (int i = 0; i < SUBTILES; ++i) {
-        float even[4] = {}, odd[4] = {};
+    for (int k = 0; k < STEPS; ++k) load_matrices(keys[k], (k_tile ^ k % 4 * 32) + fragment_offset(subtile, k, 0));
+}
+
+// K·Qᵀ of 16 keys. Two sums per score halve the chain of dependent products.
+__device__ __forceinline__ void multiply_keys(float (&scores)[4], const Keys& keys, const uint32_t (&q)[STEPS][2]) {
+    float even[4] = {}, odd[4] = {};
 #pragma unroll
-        for (int k = 0; k < STEPS; ++k) {
-            uint32_t keys[4];
-            load_matrices(keys, (k_tile ^ k % 4 * 32) + fragment_offset(i, k, 0));
-            mma_16x8x16(k % 2 ? odd : even, keys, q[k][0], q[k][1]);
-        }
+    for (int k = 0; k < STEPS; ++k) mma_16x8x16(k % 2 ? odd : even, keys[k], q[k][0], q[k][1]);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) scores[i][e] = even[e] + odd[e];
-    }
+    for (int e = 0; e < 4; ++e) scores[e] = even[e] + odd[e];
 }
 
 __device__ __forceinline__ void load_values(Values& values, uint32_t v_tile) {
@@ -38,15 +39,18 @@ __device__ __forceinline__ void load_values(Values& values, uint32_t v_tile) {
     }
 }
 
-// Wait for a tile's values, a word of each fragment.
-__device__ __forceinline__ void values_arrived(const Values& values) {
+// The same address, known only once all of a tile has been read: its scores are known, and a word of each fragment of its
+// values, which is read for all lanes at once. The compiler reads the last of these first.
+__device__ __forceinline__ uint32_t known_after_tile(
+    const Scores& scores, const Values& values, uint32_t address, uint32_t zero) {
     uint32_t words = 0;
 #pragma unroll
-    for (int i = 0; i < SUBTILES; ++i) {
+    for (int i = SUBTILES - 1; i >= 0; --i) {
+        words ^= __float_as_uint(scores[i][0]);
 #pragma unroll
-        for (int j = 0; j < STEPS; ++j) words ^= values[i][j][0];
+        for (int j = STEPS - 1; j >= 0; --j) words ^= values[i][j][0];
     }
-    use(words);
+    return known_after(words, address, zero);
 }
 
 // Keys outside [begin, end) are not the row's: they count nothing, whatever is there.
@@ -88,7 +92,7 @@ struct Accumulator {
         }
     }
 
-    // Raise the exponents if scores exceed them by far; before the scores are added.
+    // Raise the exponents if scores exceed them by far; before the scores are weighed.
     __device__ __forceinline__ void make_room(const Scores& scores, float scale_log2) {
         float top0 = scores[0][0], top1 = scores[0][1];
 #pragma unroll
@@ -102,18 +106,23 @@ struct Accumulator {
         }
     }
 
-    // Add a tile: softmax weights of its scores, then Vᵀ·Pᵀ. A transposed pair of scores is the product's operand.
-    __device__ __forceinline__ void add(const Scores& scores, const Values& values, float scale_log2) {
+    // Softmax weights of a tile's scores, once there is room for them.
+    __device__ __forceinline__ void weigh(Weights& weights, const Scores& scores, float scale_log2) const {
 #pragma unroll
         for (int i = 0; i < SUBTILES; ++i) {
-            float weights[4];
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                weights[e] = exp2_approximate(scores[i][e] * scale_log2 - top[e % 2]);
-                sum[e % 2] += weights[e];
-            }
-            const uint32_t low = transpose_matrix(pack_bf16(weights[0], weights[1]));
-            const uint32_t high = transpose_matrix(pack_bf16(weights[2], weights[3]));
+            for (int e = 0; e < 4; ++e) weights[i][e] = exp2_approximate(scores[i][e] * scale_log2 - top[e % 2]);
+        }
+    }
+
+    // Add a tile, Vᵀ·Pᵀ. A transposed pair of weights is the product's operand.
+    __device__ __forceinline__ void add(const Weights& weights, const Values& values) {
+#pragma unroll
+        for (int i = 0; i < SUBTILES; ++i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[e % 2] += weights[i][e];
+            const uint32_t low = transpose_matrix(pack_bf16(weights[i][0], weights[i][1]));
+            const uint32_t high = transpose_matrix(pack_bf16(weights[i][2], weights[i][3]));
 #pragma unroll
             for (int j = 0; j < STEPS; ++j) mma_16x8x16(out[j], values[i][j], low, high);
         }

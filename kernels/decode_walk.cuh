@@ -129,11 +129,27 @@ struct Source {
         if (left <= due()) look_up(ahead);
     }
 
+    // Where the blocks of a tile are in memory.
+    struct Aim {
+        const char* block[BLOCKS];
+    };
+
+    // Of the next tile, worked out here.
+    __device__ __forceinline__ Aim aim() const {
+        Aim from;
+#pragma unroll
+        for (int i = 0; i < BLOCKS; ++i) {
+            from.block[i] = kept(head_base + tile % TILES_PER_PAGE * SLAB_BYTES +
+                                 static_cast<uint64_t>(blocks[i]) * unsigned(arguments.num_kv_heads * PAGE_BYTES));
+        }
+        return from;
+    }
+
     // Start copying the next tile into a stage; false if there is none.
     __device__ __forceinline__ bool copy(uint32_t stage, uint32_t barrier, uint32_t note) {
         if (quiet > 0) {
             if (lane == 0) write_note(note, {PLAIN});
-            copy_quiet(stage, barrier);
+            copy_quiet(stage, barrier, aim());
             return true;
         }
         const bool new_segment = left == 0 || tile == end_tile;
@@ -150,16 +166,16 @@ struct Source {
                           (group_ends && whole ? WHOLE : 0) | (opens && q_read ? HAS_Q : 0) | begin << 8 | end << 16;
         if (lane == 0) write_note(note, {flags, row, head, part_slot(span, whole)});
         plain = flags == PLAIN ? plain + 1 : 0;
-        copy_tile(stage, barrier, end);
+        copy_tile(stage, barrier, end, aim());
         opens = false;
         const int batch_end = (batch + 32) * TILES_PER_PAGE / BLOCKS;
         quiet = min(min(min(left, end_tile - tile) - 1, batch_end - tile), left - due());
         return true;
     }
 
-    // The same while `quiet` counts any, without a note.
-    __device__ __forceinline__ void copy_quiet(uint32_t stage, uint32_t barrier) {
-        copy_tile(stage, barrier, TILE);
+    // The same while `quiet` counts any, without a note, from where aim() said.
+    __device__ __forceinline__ void copy_quiet(uint32_t stage, uint32_t barrier, const Aim& from) {
+        copy_tile(stage, barrier, TILE, from);
         --quiet, ++plain;
     }
 
@@ -169,14 +185,12 @@ struct Source {
         for (int i = 0; i < BLOCKS; ++i) blocks[i] = __shfl_sync(ALL, pages, page_of(tile) + i - batch);
     }
 
-    __device__ __forceinline__ void copy_tile(uint32_t stage, uint32_t barrier, int keys) {
+    __device__ __forceinline__ void copy_tile(uint32_t stage, uint32_t barrier, int keys, const Aim& from) {
         if (elect_lane()) {
             barrier_arrive_expect(barrier, keys * HEAD_DIM * 4);
 #pragma unroll
             for (int i = 0; i < BLOCKS; ++i) {
-                const char* block = head_base + tile % TILES_PER_PAGE * SLAB_BYTES +
-                                    static_cast<uint64_t>(blocks[i]) * unsigned(arguments.num_kv_heads * PAGE_BYTES);
-                copy_block(stage + i * BLOCK_BYTES, block, min(BLOCK, keys - i * BLOCK), barrier);
+                copy_block(stage + i * BLOCK_BYTES, from.block[i], min(BLOCK, keys - i * BLOCK), barrier);
             }
         }
         ++tile, --left;

@@ -86,9 +86,11 @@ __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.
 // The same for its own accesses to global memory.
 __device__ __forceinline__ void global_async_proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// Wait for a value. A read whose value has been used is over: a cheaper order than a fence's, which waits for more.
-__device__ __forceinline__ void use(uint32_t value) {
-    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, %0, 1;\n@p nanosleep.u32 0;\n}\n" ::"r"(value) : "memory");
+// The same address, known only once the value is. A read whose value has been used is over, so a copy to this address
+// comes after the read: a cheaper order than a fence's, which waits for more. `zero` is one that the compiler does not
+// know to be.
+__device__ __forceinline__ uint32_t known_after(uint32_t value, uint32_t address, uint32_t zero) {
+    return address ^ (value & zero);
 }
 
 // ---- Matrix fragments (mma.sync) ----

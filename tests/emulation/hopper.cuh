@@ -189,7 +189,10 @@ inline void bulk_copy(uint32_t target, const void* source, uint32_t bytes, uint3
     emulator::bulk_copy(target, source, bytes, barrier);
 }
 inline void async_proxy_fence() { emulator::end_reads(); }
-inline void use(uint32_t) { emulator::end_reads(); }
+inline uint32_t known_after(uint32_t value, uint32_t address, uint32_t zero) {
+    emulator::end_reads();
+    return address ^ (value & zero);
+}
 inline void global_async_proxy_fence() {}
 
 // ---- Matrix fragments ----

@@ -125,7 +125,7 @@ def test_every_key_counts_once(
     assert np.isnan(out[len(kv_lens)]).all()
 
 
-@pytest.mark.parametrize("order", ["async_proxy_fence();", "values_arrived(values);"])
+@pytest.mark.parametrize("order", ["async_proxy_fence();", "to = known_after_tile(scores, values, to, zero);"])
 def test_a_copy_that_may_overtake_reads_is_found(
     kernels: dict[str, EmulatedKernel], tmp_path: Path, order: str
 ) -> None:
