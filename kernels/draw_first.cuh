@@ -5,7 +5,8 @@
 // way of select.cuh is the faster one). Top-p keeps the tokens down to an unknown logit; so that the winner among them is
 // listed wherever that is, only tokens above a bound, which is guessed to be higher, raise the bar. The winner of all is the
 // winner of those kept if it is one of them; if not, the winner of those before it may be, and so on: a second pass sums what
-// comes before the first few. Should that not tell, the row is drawn from as others are.
+// comes before the first few, and should none of them be kept, another what comes before the next. Where that does not tell,
+// the row is drawn from as others are.
 #pragma once
 #include "bar.cuh"
 
@@ -109,27 +110,28 @@ __device__ __forceinline__ Winner next_winner(
     return {best.id, best.id == NONE ? INFINITE : row.at(best.id), score >= shared.first_bar + 2 * bar_slack(score)};
 }
 
+// So many winners are asked at once.
+constexpr int ASKED = 3;
+
 // Weights: of all; above the bound; of each winner and all that is not below it; of what is above each but the last.
 struct Before {
-    float all, bound, from[3], above[2];
+    float all, bound, from[ASKED], above[ASKED - 1];
 };
 
 __device__ __forceinline__ Before operator+(const Before& a, const Before& b) {
-    return {a.all + b.all, a.bound + b.bound, {a.from[0] + b.from[0], a.from[1] + b.from[1], a.from[2] + b.from[2]},
-            {a.above[0] + b.above[0], a.above[1] + b.above[1]}};
+    Before sum{a.all + b.all, a.bound + b.bound};
+#pragma unroll
+    for (int k = 0; k < ASKED; ++k) sum.from[k] = a.from[k] + b.from[k];
+#pragma unroll
+    for (int k = 0; k < ASKED - 1; ++k) sum.above[k] = a.above[k] + b.above[k];
+    return sum;
 }
 
-// The token of a row that was listed by Drawing; NONE if that does not tell. `then` is what is read next.
+// One pass over the row; `then` is what is read next.
 template <class Row>
-__device__ __forceinline__ int token_of_listed(
-    const Row& row, Shared& shared, Stream& stream, const Choice& choice, const Weight& weight, const Source& then) {
-    constexpr float ROUNDING = 1e-4f;
-    if (shared.list_length > LIST || fabsf(weight.top * weight.factor) > Drawing::FURTHEST) return NONE;
-    Winner winners[3];
-    winners[0] = next_winner(row, shared, choice, weight, {NONE, -INFINITE});
-    if (!choice.limits_share()) return winners[0].passed ? winners[0].id : NONE;
-    winners[1] = next_winner(row, shared, choice, weight, winners[0]);
-    winners[2] = next_winner(row, shared, choice, weight, winners[1]);
+__device__ __forceinline__ Before sum_before(
+    const Row& row, Shared& shared, Stream& stream, const Weight& weight, const Winner (&winners)[ASKED],
+    const Source& then) {
     const float bound = shared.bound;
     Before own{};
     stream.batches(row, then, [&](const Batch<Row>& batch) {
@@ -142,22 +144,38 @@ __device__ __forceinline__ int token_of_listed(
                 own.all += weighs;
                 add(own.bound, x > bound);
 #pragma unroll
-                for (int k = 0; k < 3; ++k) add(own.from[k], x >= winners[k].logit);
+                for (int k = 0; k < ASKED; ++k) add(own.from[k], x >= winners[k].logit);
 #pragma unroll
-                for (int k = 0; k < 2; ++k) add(own.above[k], x > winners[k].logit);
+                for (int k = 0; k < ASKED - 1; ++k) add(own.above[k], x > winners[k].logit);
             }
         }
     });
-    const Before sums = sum_threads(own, shared.scratch);
-    const float less = choice.top_p * sums.all * (1 - ROUNDING), more = choice.top_p * sums.all * (1 + ROUNDING);
+    return sum_threads(own, shared.scratch);
+}
+
+// The token of a row that was listed by Drawing; NONE if that does not tell. `then` is what is read next.
+template <class Row>
+__device__ __forceinline__ int token_of_listed(
+    const Row& row, Shared& shared, Stream& stream, const Choice& choice, const Weight& weight, const Source& then) {
+    constexpr float ROUNDING = 3e-5f;  // of two sums, of some 250 additions in a thread each
+    if (shared.list_length > LIST || fabsf(weight.top * weight.factor) > Drawing::FURTHEST) return NONE;
+    Winner winners[ASKED];
+    winners[0] = next_winner(row, shared, choice, weight, {NONE, -INFINITE});
+    if (!choice.limits_share()) return winners[0].passed ? winners[0].id : NONE;
+#pragma unroll 1
+    for (bool first = true;; first = false) {
 #pragma unroll
-    for (int k = 0; k < 3; ++k) {
-        const Winner& winner = winners[k];
-        if (winner.id == NONE) return NONE;
-        if (sums.from[k] - weight(winner.logit) < less) {
-            return winner.passed && (k == 0 || sums.bound <= less) ? winner.id : NONE;
+        for (int k = 1; k < ASKED; ++k) winners[k] = next_winner(row, shared, choice, weight, winners[k - 1]);
+        const Before sums = sum_before(row, shared, stream, weight, winners, then);
+        const float less = choice.top_p * sums.all * (1 - ROUNDING), more = choice.top_p * sums.all * (1 + ROUNDING);
+#pragma unroll
+        for (int k = 0; k < ASKED; ++k) {
+            const Winner& winner = winners[k];
+            if (winner.id == NONE || !winner.passed) return NONE;
+            if (sums.from[k] - weight(winner.logit) < less) return first && k == 0 || sums.bound <= less ? winner.id : NONE;
+            if (k < ASKED - 1 && !(sums.above[k] >= more)) return NONE;
         }
-        if (k == 2 || !(sums.above[k] >= more)) return NONE;
+        if (sums.bound > less) return NONE;
+        winners[0] = winners[ASKED - 1];  // whether that is kept after all is not known yet
     }
-    return NONE;
 }

@@ -129,3 +129,22 @@ class FirstPassTests(Sampled):
         found = self.check(logits, rows, dtype)
         free = sample(seen(logits, dtype), batch(count, temperature=1.0), np.zeros((count, 8), np.int32))
         assert np.count_nonzero(found.token_ids != free) >= count * (1 - top_p) / 2
+
+    @DTYPES
+    def test_many_winners_beyond_the_share(self, dtype: str) -> None:
+        """With so many that it takes more than one pass to find one that is kept."""
+        count, vocab_size, top_p = 20000, 2000, 0.7
+        logits = normal(1, vocab_size) * np.float32(0.5)
+        x = -np.sort(-seen(logits, dtype)[0].astype(np.float64))
+        weight = np.exp(x)
+        kept = 1 + np.count_nonzero(weight.cumsum() < top_p * weight.sum())
+        seeds, none = np.arange(count, dtype=np.uint64), np.zeros(count, np.int32)
+        order = np.argsort(-seen(logits, dtype)[0], kind="stable")
+        scores = x + noise_of_all(seeds, none + 5, none, vocab_size)[:, order]
+        best = np.maximum.accumulate(scores, axis=1)
+        # Winners, each of those before the last, beyond what is kept.
+        beyond = np.count_nonzero(best[:, kept:] > best[:, kept - 1 : -1], axis=1)
+        seeds = np.concatenate([seeds[beyond >= 4], seeds[beyond == 3][:30]])
+        assert np.count_nonzero(beyond >= 4) >= 5
+        rows = batch(len(seeds), temperature=1.0, top_p=top_p, seeds=seeds)
+        self.check(np.tile(logits, (len(seeds), 1)), rows, dtype)
