@@ -2,7 +2,8 @@
 
 An artifact is one file — a shared library with a launcher (CuTe DSL) or a cubin (CUDA C++) — beside a small JSON that
 says what it was made from. Artifacts live in the cache (``NF_CACHE_DIR``, else ``XDG_CACHE_HOME``/nf) or in a kernel
-bundle, a folder of the same layout that loads without any compiler. Compiling needs neither a GPU nor libcuda.
+bundle, a folder of the same layout that loads without any compiler. Their names tell versions of a kernel apart, so
+versions of nf can share a cache. Compiling needs neither a GPU nor libcuda.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +23,22 @@ from pathlib import Path
 from typing import Any
 
 from nf.errors import InputError, NfError
-from nf.files import write_whole
+from nf.files import make_folder, write_whole
+from nf.kernels.compiler_processes import CompilerProcessError, CompilerProcesses
 from nf.kernels.cubin import Resources, read_resources
 from nf.kernels.source import KernelSource
+from nf.kernels.toolchain import find_linker
+from nf.machine import cpu_cores
 
 log = logging.getLogger(__name__)
 
 ARCHES = ("sm_90a",)
 SCHEMA = 1  # of the artifact's JSON; raised when its meaning changes
 COMPILERS = {"cute": "nvidia-cutlass-dsl-libs-base", "cuda": "nvidia-cuda-nvrtc"}
+BESIDES = {"cute": ("nvidia-cutlass-dsl-libs-cu13", "cuda-bindings"), "cuda": ("cuda-core", "cuda-pathfinder")}
+"""Packages of a language: the one whose version decides whether an artifact is still right, and what else it takes."""
 SUFFIX = {"cute": ".so", "cuda": ".cubin"}
+POLL_SECONDS = 0.05  # between looks whether another process is done with a kernel
 
 
 class CompileError(NfError, RuntimeError):
@@ -49,8 +56,13 @@ class Artifact:
 
 def cache_dir() -> Path:
     """Where compiled kernels are kept: ``$NF_CACHE_DIR``, else ``$XDG_CACHE_HOME/nf``, else ``~/.cache/nf``."""
-    own = os.environ.get("NF_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nf"
+    own, shared = os.environ.get("NF_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    if own or shared:
+        return Path(own) if own else Path(shared or "") / "nf"
+    try:
+        return Path.home() / ".cache" / "nf"
+    except RuntimeError:
+        raise InputError("NF_CACHE_DIR", "must be set, as there is no home directory") from None
 
 
 def compile_kernels(
@@ -67,11 +79,11 @@ def compile_kernels(
         sources: kernels to compile.
         arch: e.g. "sm_90a".
         folder: a kernel bundle to fill; None is the cache.
-        processes: compiler processes; None takes one per core.
+        processes: compiler processes; None takes one per core that this process may use.
         progress: called with the name of each kernel that was compiled.
 
     Raises:
-        InputError: the arch is unknown.
+        InputError: the arch is unknown, or nothing can be written in the folder.
         CompileError: a compiler is not installed, or a source does not compile; the message names it.
     """
     if arch not in ARCHES:
@@ -83,11 +95,23 @@ def compile_kernels(
     problem = missing_compiler(missing)
     if problem is not None:
         raise CompileError(problem)
+    if missing:
+        make_folder("folder" if folder else "NF_CACHE_DIR", home)
     for source, artifact in _compile_all(home, missing, arch, processes):
         found[source.name] = artifact
         if progress is not None:
             progress(source.name)
     return [artifact for artifact in found.values() if artifact is not None]
+
+
+def prune(sources: Iterable[KernelSource], arch: str, folder: Path) -> None:
+    """Remove from a kernel bundle what it has of other versions, so that it is as large as what it is for."""
+    home = folder / arch
+    wanted = {artifact_path(home, source, arch).stem for source in sources}
+    for record in home.glob("*-????????????.json"):
+        if record.stem not in wanted:
+            for suffix in (*SUFFIX.values(), ".json"):
+                record.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def cached(sources: Iterable[KernelSource], arch: str) -> tuple[Artifact, ...]:
@@ -100,13 +124,19 @@ def cached(sources: Iterable[KernelSource], arch: str) -> tuple[Artifact, ...]:
 def missing_compiler(sources: Iterable[KernelSource]) -> str | None:
     """Why ``sources``, which nobody has compiled yet, cannot be: a compiler is not installed. None if they can."""
     needed = {source.language for source in sources}
-    for language, package in COMPILERS.items():
-        if language in needed and _compiler_version(language) is None:
-            return (
-                f"the kernels are not compiled and {package} is not installed "
-                "(pip install 'nf[cuda]', or point NF_KERNEL_BUNDLE at a bundle made by `nf compile`)"
-            )
+    for language in (language for language in COMPILERS if language in needed):
+        for package in (COMPILERS[language], *BESIDES[language]):
+            if _version(package) is None:
+                return _not_compiled(f"{package} is not installed", "pip install 'nf[cuda]'")
+        if language == "cute" and find_linker() is None:
+            return _not_compiled("there is no C compiler to link their launchers", "install gcc, or set CC")
     return None
+
+
+def _not_compiled(why: str, remedy: str) -> str:
+    return (
+        f"the kernels are not compiled and {why} ({remedy}, or point NF_KERNEL_BUNDLE at a bundle made by `nf compile`)"
+    )
 
 
 def load_bundle(sources: Iterable[KernelSource], arch: str, folder: Path) -> list[Artifact]:
@@ -116,8 +146,11 @@ def load_bundle(sources: Iterable[KernelSource], arch: str, folder: Path) -> lis
         CompileError: the bundle was made for another arch or from other sources, or is damaged; names the kernel.
     """
     home = folder / arch
-    if not home.is_dir():
-        held = sorted(path.name for path in folder.glob("sm_*")) if folder.is_dir() else []
+    try:
+        held = sorted(path.name for path in folder.iterdir() if path.name.startswith("sm_"))
+    except OSError as error:
+        raise CompileError(f"{folder}: {error.strerror}") from None
+    if arch not in held:
         raise CompileError(f"{folder}: holds kernels for {', '.join(held) or 'no GPU'}, this GPU needs {arch}")
     artifacts = []
     for source in sources:
@@ -131,32 +164,33 @@ def load_bundle(sources: Iterable[KernelSource], arch: str, folder: Path) -> lis
 def _compile_all(
     home: Path, sources: list[KernelSource], arch: str, processes: int | None
 ) -> Iterator[tuple[KernelSource, Artifact]]:
-    if len(sources) < 2:
-        yield from ((source, _compile_locked(home, source, arch)) for source in sources)
+    """Each as soon as it is done."""
+    if not sources:
         return
-    # A process each: the DSL's compiler is not thread-safe and keeps state.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context) as pool:
-        jobs = {pool.submit(_compile_locked, home, source, arch): source for source in sources}
+    count = min(processes or cpu_cores(), len(sources))
+    with CompilerProcesses(count) as compilers, concurrent.futures.ThreadPoolExecutor(count) as pool:
+        jobs = {pool.submit(_compile_locked, home, source, arch, compilers): source for source in sources}
         try:
             for job in concurrent.futures.as_completed(jobs):
                 yield jobs[job], job.result()
+        except CompileError:
+            pool.shutdown(cancel_futures=True)  # what was begun is kept
+            raise
         except BaseException:
+            compilers.stop()
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _compile_locked(home: Path, source: KernelSource, arch: str) -> Artifact:
+def _compile_locked(home: Path, source: KernelSource, arch: str, compilers: CompilerProcesses) -> Artifact:
     """Compile one source unless another process has done so by the time its lock is ours."""
-    from nf.kernels import toolchain  # the compilers are heavy and often not there
-
-    with _lock(home, source.name):
+    with _lock(home, source.name, compilers):
         fresh = _fresh(home, source, arch)
         if fresh is not None:
             return fresh
         try:
-            binary = toolchain.compile_source(source, arch)
-        except Exception as error:
+            binary = compilers.compile(source, arch)
+        except CompilerProcessError as error:
             raise CompileError(f"{source.name}: {error}") from error
         resources = read_resources(binary)
         record = {
@@ -164,51 +198,67 @@ def _compile_locked(home: Path, source: KernelSource, arch: str) -> Artifact:
             "name": source.name,
             "arch": arch,
             "digest": source.digest(arch),
-            "compiler": _compiler_version(source.language),
+            "compiler": _version(COMPILERS[source.language]),
             "sha256": hashlib.sha256(binary).hexdigest(),
             "resources": [resource.to_dict() for resource in resources],
         }
-        path = home / (source.name + SUFFIX[source.language])
+        path = artifact_path(home, source, arch)
         write_whole(path, binary)
         write_whole(path.with_suffix(".json"), json.dumps(record, indent=1))
         return Artifact(source, path, resources)
 
 
+def artifact_path(home: Path, source: KernelSource, arch: str) -> Path:
+    """Where ``home``, a folder of kernels for ``arch``, has the artifact of this version of ``source``."""
+    return home / f"{source.name}-{source.digest(arch)[:12]}{SUFFIX[source.language]}"
+
+
 def _fresh(home: Path, source: KernelSource, arch: str) -> Artifact | None:
     """The artifact of ``source`` in ``home`` unless the installed compiler is another than the one that made it."""
-    compiler = _compiler_version(source.language)
-    return _stored(home, source, arch, lambda record: compiler in (None, record.get("compiler")))
+    compiler = _version(COMPILERS[source.language])
+    return _stored(home, source, arch, lambda record: compiler in (None, record["compiler"]))
 
 
 def _stored(
     home: Path, source: KernelSource, arch: str, accept: Callable[[dict[str, Any]], bool] = lambda _record: True
 ) -> Artifact | None:
     """The artifact of ``source`` in ``home`` if it is whole, of these sources and its record acceptable."""
-    path = home / (source.name + SUFFIX[source.language])
+    path = artifact_path(home, source, arch)
     try:
-        record = json.loads(path.with_suffix(".json").read_bytes())
         binary = path.read_bytes()
-    except (OSError, ValueError):
+        record = json.loads(path.with_suffix(".json").read_bytes())
+        if record["schema"] != SCHEMA or record["digest"] != source.digest(arch) or not accept(record):
+            return None
+        if record["sha256"] == hashlib.sha256(binary).hexdigest():
+            return Artifact(source, path, tuple(Resources(**values) for values in record["resources"]))
+    except OSError:  # mostly, there is none
         return None
-    if record.get("schema") != SCHEMA or record.get("digest") != source.digest(arch) or not accept(record):
-        return None
-    if record.get("sha256") != hashlib.sha256(binary).hexdigest():
-        log.warning("%s: damaged, not used", path)
-        return None
-    return Artifact(source, path, tuple(Resources(**values) for values in record["resources"]))
+    except (ValueError, TypeError, KeyError, RecursionError):  # no record
+        pass
+    log.warning("%s: damaged, not used", path)
+    return None
 
 
-def _compiler_version(language: str) -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version(COMPILERS[language])
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
 @contextmanager
-def _lock(home: Path, name: str) -> Iterator[None]:
+def _lock(home: Path, name: str, compilers: CompilerProcesses) -> Iterator[None]:
     """Hold the file lock of one kernel; another process that wants the same kernel waits and then finds it done."""
-    home.mkdir(parents=True, exist_ok=True)
-    with open(home / f".{name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    path = home / f".{name}.lock"
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if compilers.stopped.is_set():
+                    raise CompileError(f"{name}: stopped") from None
+                time.sleep(POLL_SECONDS)
+            except OSError as error:
+                raise CompileError(f"{path}: cannot be locked: {error.strerror}") from None
         yield

@@ -1,14 +1,14 @@
 // Decode attention over paged KV: one query token per row, softmax(q·Kᵀ·scale)·V for every query head.
 //
 // Every warp is a worker of its own: it takes spans of the plan (decode_plan.cuh), copies their KV tile by tile into
-// its ring of stages in shared memory, and refills a stage as soon as its fragments are in registers. So there is
+// its ring of stages in shared memory, and refills a stage once its fragments are in registers. So there is
 // nothing to synchronise between warps, and how many warps and stages a CTA has is a matter of launch. What it copies
 // next is decode_walk.cuh's business, what becomes of a tile decode_sums.cuh's.
 //
 // Both products have the group's query heads as the 8 columns of mma.m16n8k16: Sᵀ (keys × heads) = K·Qᵀ and
 // Oᵀ (head_dim × heads) += Vᵀ·Pᵀ. KV fills the 16 rows, so no tensor-core work is wasted on a group of 8, and each byte
 // of KV is read from shared memory once. Online softmax: Milakov and Gimelshein, arXiv 1805.02867; its maximum is only
-// raised when a score exceeds it by 2^RAISE, which rounds no worse and spares reductions. What a span has of a group
+// raised when a weight would exceed 2^RAISE, which rounds no worse and spares reductions. What a span has of a group
 // that it shares is left to decode_merge.cu: merging here would need a fence at gpu scope per part, which takes
 // microseconds while the memory system is full.
 //
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
     const uint32_t ring = kept(shared_address(shared_memory) + warp * stages * STAGE_BYTES);
     const uint32_t notes = kept(all_notes + warp * stages * sizeof(Note));
     const uint32_t barriers = kept(all_notes + warps * stages * sizeof(Note) + warp * stages * 8);
-    const uint32_t zero = kept(uint32_t(stages) >> 16);  // there are never so many
+    const uint32_t zero = kept(uint32_t(stages) >> 16);  // 0: stages are few. From an argument, as the assembler sees constants
     if (lane < stages) barrier_init(barriers + 8 * lane, 1);
     barrier_init_fence();
     __syncwarp();

@@ -8,7 +8,7 @@ Shapes (H query heads, G KV heads, d head_dim, T tokens of the dense batch; bf16
 - out [T, H·d]
 
 ``plan``, once per step and range of rows and shared by all layers, cuts the KV of the rows into spans of equal length;
-``__call__`` attends each span (decode_attention.cu) and merges what spans share (decode_merge.cu). All read from device
+``launch`` attends each span (decode_attention.cu) and merges what spans share (decode_merge.cu). All read from device
 memory what varies from step to step, so a captured graph serves every batch.
 
 The spans follow from all rows together, as in stream-K (Osama et al., arXiv 2301.03598): a row's neighbours decide
@@ -149,7 +149,6 @@ class DecodeAttention:
 
     def __init__(self, loader: KernelLoader, shape: DecodeShape, *, sms: int) -> None:
         self.shape = shape
-        self.sms = sms
         self.max_spans = shape.max_spans(sms)
         self._plan = loader.cuda(plan_source().name)
         self._attention = {ring: self._load(loader, ring) for ring in (ON_FEW_SMS, ON_MANY_SMS)}

@@ -66,8 +66,8 @@ __device__ __forceinline__ int last_not_above(const int* values, int count, int 
 
 extern "C" __global__ void __launch_bounds__(THREADS) decode_plan(
     const int* kv_lens, const int* kv_indptr, const int* num_decode, void* plan_memory, int first_row, int last_row,
-    int num_kv_heads, int tile_keys, int blocks, int window, int workers, int min_tiles, int max_tiles,
-    int max_spans) {
+    int num_kv_heads, int tile_keys, int column_blocks, int window, int workers, int min_tiles,
+    int max_tiles, int max_spans) {
     __shared__ int warp_sums[WARPS], merges;
     __shared__ int row_begin[THREADS + 1];  // place on the line of each row of the chunk at hand
     const Plan plan(plan_memory, max_spans);
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_plan(
             // The first cut inside this group.
             const int last = cut.span_of(group_begin + row.tiles - 1);
             const bool few = last - (span - 1) < FEW_PARTS;
-            const int count = few ? 1 : blocks, index = atomicAdd(&merges, count);
+            const int count = few ? 1 : column_blocks, index = atomicAdd(&merges, count);
             for (int j = 0; j < count; ++j) {
                 plan.merges[index + j] = {chunk + i, head, span - 1, last, few ? ALL_COLUMNS : j, {}};
             }

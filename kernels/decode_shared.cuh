@@ -46,7 +46,7 @@ __device__ __forceinline__ void write_note(uint32_t to, const Note& note) {
     store_shared_16(to, {uint32_t(note.flags), uint32_t(note.row), uint32_t(note.head), uint32_t(note.slot)});
 }
 
-// Where a lane finds its query fragments of a group, the second operand of K·Qᵀ: 4 bytes, and so every 16. Places
+// Where a lane finds its query fragments of a group, the second operand of K·Qᵀ: 4 bytes there, and 4 more every 16. Places
 // beyond the group repeat its last head.
 __device__ __forceinline__ const uint32_t* q_at(const Arguments& arguments, int row, int head, int lane) {
     const int column = (head * arguments.group + min(lane / 4, arguments.group - 1)) * HEAD_DIM + 2 * (lane % 4);

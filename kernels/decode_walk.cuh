@@ -8,7 +8,7 @@
 // A copy starts one tile, a ring of stages ahead of the products. What it needs was asked for earlier still, so that the
 // walk seldom waits for memory:
 // - Most tiles are plain, and before most of these there is nothing to do: they are counted off in `quiet`, and where they
-//   are was found when the tile before was copied (`blocks`).
+//   are was found when the tile before was copied (`next_pages`).
 // - The others are the first and the last tile of a segment, every 32 pages one, and some near a span's end.
 // - Pages are known 32 at a time: `pages` are those at hand. When they are taken up, the following 32 of the row are read
 //   (`pages_after`), and when a group is entered, the first of the next group (`pages_then`).
@@ -29,7 +29,7 @@ struct Source {
     int tile = 0, first_tile = 0, end_tile = 0;  // in the group, from the row's position 0
     bool opens = false, whole = false;           // the next tile is its segment's first; the segment begins the group
     const char* head_base = nullptr;             // this KV head in page 0
-    unsigned blocks[BLOCKS];                     // pages of the next tile
+    unsigned next_pages[BLOCKS];                 // of the next tile
     // A lane's page index: of page batch + lane of the row, of 32 pages on, of the first pages of the next group.
     int batch = 0, pages = 0, pages_after = 0, pages_then = 0;
     int next_kv_len = 0, next_page_begin = 0;    // of the next row
@@ -140,7 +140,7 @@ struct Source {
 #pragma unroll
         for (int i = 0; i < BLOCKS; ++i) {
             from.block[i] = kept(head_base + tile % TILES_PER_PAGE * SLAB_BYTES +
-                                 static_cast<uint64_t>(blocks[i]) * unsigned(arguments.num_kv_heads * PAGE_BYTES));
+                                 static_cast<uint64_t>(next_pages[i]) * unsigned(arguments.num_kv_heads * PAGE_BYTES));
         }
         return from;
     }
@@ -182,7 +182,7 @@ struct Source {
     // Where the next tile is: found early, while nobody waits for it.
     __device__ __forceinline__ void locate() {
 #pragma unroll
-        for (int i = 0; i < BLOCKS; ++i) blocks[i] = __shfl_sync(ALL, pages, page_of(tile) + i - batch);
+        for (int i = 0; i < BLOCKS; ++i) next_pages[i] = __shfl_sync(ALL, pages, page_of(tile) + i - batch);
     }
 
     __device__ __forceinline__ void copy_tile(uint32_t stage, uint32_t barrier, int keys, const Aim& from) {

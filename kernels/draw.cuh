@@ -215,7 +215,7 @@ __device__ __forceinline__ int draw_token(
     const bool least_known = choice.temperature >= 1 && choice.min_p <= 0 && !few;
     const float least = least_known ? fmaxf(1.0f, choice.top_p * stats.mass() * 0.999f) : 1.0f;
     bool counted = left == Left::HISTOGRAM;
-    for (float bar = SURE / least;; bar = INFINITE, counted = false) {
+    for (float bar = SURE / least;; bar = INFINITE, counted = false) {  // exp(−b) of bar.cuh: the lower, the fewer pass
         Best best;
         Cut cut = whole;
         auto score_listed = [&](int length) {

@@ -87,8 +87,8 @@ __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.
 __device__ __forceinline__ void global_async_proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // The same address, known only once the value is. A read whose value has been used is over, so a copy to this address
-// comes after the read: a cheaper order than a fence's, which waits for more. `zero` is one that the compiler does not
-// know to be.
+// comes after the read: a cheaper order than a fence's, which waits for more. `zero` is 0, but the compiler does not know
+// that.
 __device__ __forceinline__ uint32_t known_after(uint32_t value, uint32_t address, uint32_t zero) {
     return address ^ (value & zero);
 }

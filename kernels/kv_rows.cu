@@ -1,7 +1,7 @@
 // Where each token's keys and values go, worked out once per step for all layers. See rope_append.py.
 //
 // Configuration: PAGE_SIZE.
-#include "memory.cuh"
+#include "hopper.cuh"
 
 constexpr int THREADS = 128;
 

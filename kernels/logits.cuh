@@ -21,7 +21,7 @@ constexpr int SLOTS = 3;     // pieces per warp on their way
 
 struct Crossing {
     int bin;
-    uint32_t count;   // values up to and including the bin
+    uint32_t count;   // values up to and including the bin; in refine, before it
     uint32_t inside;  // values in it
     double mass;      // weights before it
 };
@@ -87,7 +87,7 @@ struct alignas(128) Shared {
     Crossing crossings[2];
     float top_values[MAX_TOP];
     int list_length;
-    uint32_t bar;            // see bar.cuh
+    uint32_t bar;            // of bar.cuh: b as an order_key in draw_first.cuh, the bits of exp(−b) in draw.cuh
     float first_bar, bound;  // see draw_first.cuh
     float floor;
     int tie;

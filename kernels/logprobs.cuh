@@ -19,9 +19,9 @@ __device__ __forceinline__ bool list_top(const Row& row, Shared& shared, Stream&
     const Target target{min(count, row.vocab_size), 1.0f, 0.0};
     float low = counted ? find_bracket(shared, weight, -INFINITE, row.vocab_size, target).low : INFINITE;
     int tie = NONE;
-    for (;;) {
+    for (bool bounded = counted;; bounded = true) {
         clear_list(shared);
-        if (counted || low < INFINITE) {
+        if (bounded) {
             stream.sweep(row, [&](int id, const float (&x)[Row::WIDTH]) {
 #pragma unroll
                 for (int j = 0; j < Row::WIDTH; ++j) {

@@ -1,4 +1,5 @@
-// Vectors of 8 bf16 values (16 bytes, the widest access of a thread) and their fp32 values.
+// Accesses to global and shared memory, vectors of 8 bf16 values (16 bytes, the widest access of a thread), and words that
+// hold the compiler to an order.
 #pragma once
 #include "hopper.cuh"
 

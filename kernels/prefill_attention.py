@@ -16,7 +16,7 @@ one runs under the products of the other, and under its own previous product. Di
 query head) pairs of one KV head, so that short chunks fill tiles and K and V are read once per group; the cache's
 layout lets plain bulk copies do for any page table; two CTAs share a tile of 256 rows and each copies half of the
 keys to both, which halves reads of L2; the first scores of a tile are computed under the last output of the tile
-before; the output is rescaled only when a maximum has risen by 2^8 (as in FlashAttention-4). CTAs are persistent and
+before; the output is rescaled only when a weight would exceed 2^8 (as in FlashAttention-4). CTAs are persistent and
 take work (tile, KV head) from a counter: longest sequence first, and in it groups of KV heads whose keys fit in L2,
 longest tiles first.
 

@@ -37,7 +37,7 @@ struct Consumer {
     int whole, whole_end;  // blocks [whole, whole_end) are seen whole by every row
     // Of this thread's rows lane/4 and lane/4 + 8 of its warp's 16:
     int positions[2];
-    float maxima[2];  // scaled, not ahead of the true ones by more than SLACK
+    float maxima[2];  // scaled, not behind the true ones by more than RAISE
     float sums[2];    // of this thread's columns
     float scores[KEYS / 2];
     float out[HEAD_DIM / 2];
@@ -123,14 +123,14 @@ struct Consumer {
         return make_float2(tops[0], tops[1]);
     }
 
-    // Raise the maxima to those found in half `half`, where they are SLACK higher; what was summed before shrinks.
+    // Raise the maxima to those found in half `half`, where they are RAISE higher; what was summed before shrinks.
     __device__ __forceinline__ void raise(float2 top, int half, float (&factors)[2], float (&partial)[4]) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float row_top = r ? top.y : top.x;
             row_top = fmaxf(row_top, __shfl_xor_sync(0xFFFFFFFF, row_top, 1));
             row_top = fmaxf(row_top, __shfl_xor_sync(0xFFFFFFFF, row_top, 2));
-            const bool rises = row_top > maxima[r] + SLACK;
+            const bool rises = row_top > maxima[r] + RAISE;
             const float factor = rises ? exp2_approximate(maxima[r] - row_top) : 1.0f;
             if (rises) maxima[r] = row_top;
             factors[r] *= factor;
@@ -148,7 +148,7 @@ struct Consumer {
         float2 top = highest(0);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            if (__any_sync(0xFFFFFFFF, top.x > maxima[0] + SLACK || top.y > maxima[1] + SLACK))
+            if (__any_sync(0xFFFFFFFF, top.x > maxima[0] + RAISE || top.y > maxima[1] + RAISE))
                 raise(top, half, factors, partial);
             if (half == 0) top = highest(1);
 #pragma unroll

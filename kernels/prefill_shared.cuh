@@ -25,9 +25,9 @@ constexpr int L2_BYTES = 16 << 20;  // of K and V that CTAs work on at a time
 
 constexpr float NEGATIVE_INFINITY = __builtin_bit_cast(float, 0xFF800000u);
 
-// Running maxima follow the true ones only once these are 2^SLACK times larger: weights stay below 2^SLACK, far inside
+// Running maxima, base 2, follow the true ones only once these are RAISE higher: weights stay below 2^RAISE, far inside
 // the range of bf16 and fp32, and the output is hardly ever rescaled.
-constexpr float SLACK = 8.0f;
+constexpr float RAISE = 8.0f;
 
 // A tile and KV head, the same for all CTAs of the cluster; no tokens: there is nothing more to do.
 struct __align__(16) Item {

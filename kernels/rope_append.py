@@ -62,7 +62,7 @@ def rows_source(page_size: int) -> KernelSource:
     return KernelSource(
         name=f"kv_rows_p{page_size}",
         language="cuda",
-        files=("kv_rows.cu", "memory.cuh", "hopper.cuh"),
+        files=("kv_rows.cu", "hopper.cuh"),
         parameters=("pointer",) * 7,
         entry="kv_rows",
         config=(("PAGE_SIZE", page_size),),

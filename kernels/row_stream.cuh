@@ -27,8 +27,8 @@ class Stream {
         begin(source);
     }
 
-    // Call visit(Batch) round by round. All threads of the CTA come along, some beyond the row's end. `then` is what will be
-    // read next; it must not change any more.
+    // Call visit(Batch) round by round. All threads of the CTA come along, some beyond the row's end. `then` is what will most
+    // likely be read next; it must not change any more.
     template <class Row, class Visit>
     __device__ __forceinline__ void batches(const Row& row, const Source& then, Visit visit) {
         constexpr int VECTORS = Batch<Row>::VECTORS, STRIDE = Batch<Row>::STRIDE;

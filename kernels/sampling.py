@@ -14,10 +14,10 @@ A greedy row is read once: maximum, its id and Σ exp in one pass. With a few hu
 rest. Noise is Philox4x32-10 and Gumbel-max as on the CPU, with its logarithms worked out only where a cheap bound says
 the token may win. Without a filter, and where no log-probabilities but the chosen token's are asked for, the first pass
 lists what may win, and the winner is among them. With top-p there are two ways. Where most tokens have some weight and
-top-p keeps most of it, the first pass does the same, for whatever top-p may keep, and a second finds out which of the
-listed are kept, by summing what weighs more. Elsewhere the first pass counts logits into 8192 equal bins, from which
-follow bounds of the value at which top-p cuts, and the second collects the few tokens within the bounds and draws for
-those above (draw_first.cuh, draw.cuh, select.cuh).
+top-p keeps most of it, the first pass does the same, for whatever top-p may keep, and a second, seldom a third, finds
+out which of the listed are kept, by summing what weighs more. Elsewhere the first pass counts logits into 8192 equal
+bins, from which follow bounds of the value at which top-p cuts, and the second collects the few tokens within the
+bounds and draws for those above (draw_first.cuh, draw.cuh, select.cuh).
 Penalties, bias, allowed ids and bad words act on an fp32 copy of the row. Rows that ask for none of this pay for none
 of it.
 

@@ -13,6 +13,7 @@ ParameterKind = Literal["pointer", "int32", "int64", "float32"] | int
 
 LAUNCHER = "nf_kernel"  # symbol prefix inside every shared library; each is opened with its symbols to itself
 HERE = Path(__file__).resolve().parent
+TOOLCHAIN = HERE / "toolchain.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class KernelSource:
     """One kernel in one configuration.
 
     Args:
-        name: unique and fit for a file name, e.g. ``gemm_128x256_2x1_swiglu``.
+        name: unique and fit for a file name, e.g. ``gemm_128x256_2x1x1_swiglu_bfloat16``.
         language: "cute" (CuTe DSL: ``factory`` names a Python function) or "cuda" (C++: ``entry`` names a kernel).
         files: source files, relative to this folder, whose bytes decide whether a compiled artifact is still right; for
             "cuda" the first one is compiled.
@@ -51,8 +52,9 @@ class KernelSource:
         return made
 
     def digest(self, arch: str) -> str:
-        """Fingerprint of what is compiled: this declaration, the target and the source files' bytes."""
+        """Fingerprint of what is compiled and how: this declaration, the target, the source files' bytes."""
         state = hashlib.sha256(repr((self, arch)).encode())
+        state.update(TOOLCHAIN.read_bytes())
         for file in self.files:
             state.update((HERE / file).read_bytes())
         return state.hexdigest()

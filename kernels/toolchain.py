@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,8 +40,17 @@ def _compile_cuda(source: KernelSource, arch: str) -> bytes:
     return code
 
 
+def find_linker() -> list[str] | None:
+    """Command of the C compiler that links launchers: ``$CC``, else cc or gcc; None if it is not there."""
+    own = shlex.split(os.environ.get("CC", ""))
+    for command in [own] if own else [["cc"], ["gcc"]]:
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
 def _compile_cute(source: KernelSource, arch: str) -> bytes:
-    linker = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    linker = find_linker()
     if linker is None:
         raise RuntimeError("linking a kernel's launcher needs a C compiler; install gcc or set CC")
     library = _dsl_library()
@@ -52,8 +62,12 @@ def _compile_cute(source: KernelSource, arch: str) -> bytes:
         compiled.export_to_c(scratch, "kernel", function_prefix=LAUNCHER)
         out = Path(scratch, "kernel.so")
         runtime = library / "libcuda_dialect_runtime_static.a"
-        command = [linker, "-shared", "-o", str(out), f"{scratch}/kernel.o", str(runtime)]
-        subprocess.run([*command, "-Wl,-Bsymbolic,--gc-sections"], check=True, capture_output=True)
+        command = [*linker, "-shared", "-o", str(out), f"{scratch}/kernel.o", str(runtime)]
+        command.append("-Wl,-Bsymbolic,--gc-sections")
+        done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+        if done.returncode != 0:
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise RuntimeError(f"{linker[0]} cannot link its launcher: {said[-1]}")
         return out.read_bytes()
 
 

@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
             **{name: _version(name) for name in (*PACKAGES, *CUDA_PACKAGES)},
         },
         "platform": platform.platform(),
-        "cpu": {"name": _cpu_name(), "cores": _cpu_cores(), "memory": _cpu_memory(), "blas": _blas()},
+        "cpu": {"name": _cpu_name(), "cores": cpu_cores(), "memory": _cpu_memory(), "blas": _blas()},
         "gpus": gpus,
     }
 
@@ -50,7 +50,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cpu_cores() -> int:
+def cpu_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

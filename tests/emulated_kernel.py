@@ -122,7 +122,7 @@ def _cell(kind: ParameterKind, value: Value) -> Any:
 
 
 class EmulatedLoader:
-    """In place of a KernelLoader: what is loaded is emulated, with ``options`` of ``EmulatedKernel``'s call."""
+    """In place of a KernelLoader: what is loaded is emulated, with ``options`` of ``EmulatedKernel.launch``."""
 
     def __init__(self, kernels: Mapping[str, EmulatedKernel], **options: Any) -> None:
         self._kernels, self._options = kernels, options

@@ -83,13 +83,14 @@ class SamplingTests(Sampled):
     @pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     def test_rows_without_a_choice(self, dtype: str, temperature: float) -> None:
-        logits = np.random.default_rng(1).standard_normal((8, 5000)).astype(np.float32)
+        logits = np.random.default_rng(1).standard_normal((9, 5000)).astype(np.float32)
         logits[1, 4000], logits[3, 17], logits[5], logits[7, 3] = NAN, INF, -INF, -INF
-        allowed = [[]] * 6 + [[9], []]
-        words = [[]] * 6 + [[[9]], []]
-        rows = batch(8, temperature=temperature, top_p=0.9, allowed=allowed, words=words, logprobs=[5] * 7 + [-1])
+        logits[8, ::2] = INF  # more than the list of candidates holds
+        allowed = [[]] * 6 + [[9], [], []]
+        words = [[]] * 6 + [[[9]], [], []]
+        rows = batch(9, temperature=temperature, top_p=0.9, allowed=allowed, words=words, logprobs=[5] * 7 + [-1, 5])
         found = self.check(logits, rows, dtype)
-        assert (found.token_ids[[1, 3, 5, 6]] == -1).all()
+        assert (found.token_ids[[1, 3, 5, 6, 8]] == -1).all()
         assert (found.token_ids[[0, 2, 4, 7]] >= 0).all()
 
     @pytest.mark.parametrize("dtype", sampling.LOGITS_TYPES)
@@ -152,6 +153,7 @@ class PromptLogprobsTests(ABC):
         rng, vocab_size = np.random.default_rng(count), 20001
         logits = shaped(rng, "peaked", stop - start, vocab_size)
         logits[0, 5] = NAN
+        logits[1:2, ::8] = INF  # more than the list of candidates holds
         targets, wanted = rng.integers(0, vocab_size, 50).astype(np.int32), rng.choice([0, 1, 20], 50).astype(np.int32)
         rows = PromptRows(np.array([count], np.int32), start, stop, targets, wanted)
         found = self.run_prompt(logits, dtype, rows, sms=4)

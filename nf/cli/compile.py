@@ -14,7 +14,7 @@ _DESCRIPTION = """\
 Compile every kernel for a GPU architecture, on any machine: neither a GPU nor a driver is needed.
 Without --out the kernels go to the cache, where they are looked for; with --out they make a kernel
 bundle, a folder that another machine loads without a compiler (NF_KERNEL_BUNDLE=FOLDER). What is
-there already and still right is kept.
+there already and still right is kept; what a bundle has of other versions of nf is removed.
 """
 
 _EXAMPLES = """\
@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
         "compile", help="compile the GPU kernels ahead of time", description=_DESCRIPTION, epilog=_EXAMPLES
     )
     parser.add_argument("--arch", default="sm_90a", metavar="ARCH", help="GPU architecture (default: sm_90a)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of a kernel bundle (default: the cache)")
+    parser.add_argument("--out", type=_folder, metavar="DIR", help="folder of a kernel bundle (default: the cache)")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="compiler processes (default: one per core)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no summary")
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Compile; 0 once every kernel is there."""
     from tqdm import tqdm
 
-    from nf.kernels.compile import cache_dir, compile_kernels
+    from nf.kernels.compile import cache_dir, compile_kernels, prune
     from nf.kernels.registry import all_sources
 
     sources = all_sources()
@@ -51,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
             compiled += 1
             bar.update()
 
-        with named_by_flag():
+        with named_by_flag(folder="--out"):
             artifacts = compile_kernels(sources, args.arch, folder=args.out, processes=args.jobs, progress=progress)
+    if args.out:
+        prune(sources, args.arch, args.out)
     if not args.quiet:
         size = sum(artifact.path.stat().st_size for artifact in artifacts)
         where = args.out or cache_dir() / "kernels"
@@ -62,6 +64,12 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

@@ -22,22 +22,6 @@ def check_writable(flag: str, file: str | os.PathLike[str] | None) -> None:
         raise InputError(flag, f"{path} cannot be written: permission denied")
 
 
-def make_folder(flag: str, folder: str | os.PathLike[str]) -> Path:
-    """The folder, made if it is not there.
-
-    Raises:
-        InputError: it cannot be made, or nothing can be written in it.
-    """
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(flag, f"{path} cannot be a folder: {error.strerror}") from None
-    if not os.access(path, os.W_OK):
-        raise InputError(flag, f"{path} cannot be written in: permission denied")
-    return path
-
-
 def check_picture(file: str | None) -> None:
     """Raise InputError if --plot cannot draw to ``file``."""
     from nf.errors import shown

@@ -109,15 +109,15 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def named_by_flag() -> Iterator[None]:
-    """Errors about a parameter name the flag that sets it."""
+def named_by_flag(**flags: str) -> Iterator[None]:
+    """Errors about a parameter name the flag that sets it; ``flags`` are those that have another name."""
     try:
         yield
     except InputError as error:
-        if error.field not in _FLAGS:
+        if error.field not in _FLAGS | flags.keys():
             raise
         message = str(error).removeprefix(f"{error.field}: ")
-        raise type(error)(f"--{error.field.replace('_', '-')}", message) from error
+        raise type(error)(flags.get(error.field) or f"--{error.field.replace('_', '-')}", message) from error
 
 
 def _number(group: _Group, flag: str, type_: Callable[[str], float], metavar: str, help_: str) -> None:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nf.cli.files import check_picture, make_folder
+from nf.cli.files import check_picture
+from nf.files import make_folder
 
 if TYPE_CHECKING:
     from nf.kernels.device import Device

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nf.cli.files import check_picture, check_writable, make_folder
+from nf.cli.files import check_picture, check_writable
 from nf.cli.options import named_by_flag
 from nf.cli.plan_profile import measured_profile, the_gpu
+from nf.files import make_folder
 
 if TYPE_CHECKING:
     from nf.bench.steady_step import Load

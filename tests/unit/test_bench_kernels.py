@@ -13,8 +13,9 @@ from nf.bench import cublas, kernels
 from nf.bench.kernels import Row
 from nf.bench.measure import Measurement
 from nf.cli import main
-from nf.cli.files import check_picture, check_writable, make_folder
+from nf.cli.files import check_picture, check_writable
 from nf.errors import InputError
+from nf.files import make_folder
 
 ROWS = [
     Row("gemm", "a layer", Measurement(2e-3, 1.2), 1.4e12, "FLOP", "cuBLAS", 1.01, 1 / 1.03, (("joules", 0.99),)),

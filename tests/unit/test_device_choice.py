@@ -16,8 +16,8 @@ from nf.config import ModelConfig
 from nf.device_choice import choose_device, find_kernels, model_problem
 from nf.errors import InputError
 from nf.kernels import compile as kernel_compile
-from nf.kernels import toolchain
-from nf.kernels.compile import SCHEMA, SUFFIX, CompileError
+from nf.kernels.compile import BESIDES, COMPILERS, SCHEMA, CompileError, artifact_path
+from nf.kernels.compiler_processes import CompilerProcesses
 from nf.kernels.registry import all_sources
 from nf.kernels.source import KernelSource
 from nf.models.hf_config import read_config
@@ -38,9 +38,7 @@ class Machine:
         monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
         monkeypatch.delenv("NF_KERNEL_BUNDLE", raising=False)
         monkeypatch.setattr(nf.device_choice, "gpu_devices", self.gpus)
-        monkeypatch.setattr(
-            kernel_compile, "_compiler_version", lambda _language: "1.0" if self.has_compilers else None
-        )
+        monkeypatch.setattr(kernel_compile, "_version", lambda _package: "1.0" if self.has_compilers else None)
         monkeypatch.setattr(nf.device_choice, "import_module", self.module)
 
     def gpus(self) -> tuple[list[dict[str, Any]], str | None]:
@@ -119,6 +117,8 @@ def test_kernels_come_from_a_bundle_the_cache_or_the_compilers(
     assert find_kernels().problem is None
     bundle = tmp_path / "bundle"
     monkeypatch.setenv("NF_KERNEL_BUNDLE", str(bundle))
+    refused(f"NF_KERNEL_BUNDLE cannot be used ({bundle}: No such file or directory)")
+    bundle.mkdir()
     refused(f"NF_KERNEL_BUNDLE cannot be used ({bundle}: holds kernels for no GPU, this GPU needs sm_90a)")
     with pytest.raises(CompileError, match="NF_KERNEL_BUNDLE cannot be used"):
         find_kernels().artifacts()
@@ -150,11 +150,11 @@ def test_only_what_the_cache_lacks_is_compiled(
     fill(tmp_path / "kernels", sources[1:], compiler="1.0")
     compiled: list[str] = []
 
-    def compile_source(source: KernelSource, _arch: str) -> bytes:
+    def compile_one(_self: CompilerProcesses, source: KernelSource, _arch: str) -> bytes:
         compiled.append(source.name)
         return b"compiled now"
 
-    monkeypatch.setattr(toolchain, "compile_source", compile_source)
+    monkeypatch.setattr(CompilerProcesses, "compile", compile_one)
     assert [artifact.source for artifact in find_kernels().artifacts()] == sources
     assert compiled == [sources[0].name]
 
@@ -179,7 +179,8 @@ def test_kernels_of_another_version_are_found_out_before_any_work(
 def test_a_missing_compiler_matters_for_its_own_kernels_alone(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(kernel_compile, "_compiler_version", lambda language: "1.0" if language == "cuda" else None)
+    of_cuda = (COMPILERS["cuda"], *BESIDES["cuda"])
+    monkeypatch.setattr(kernel_compile, "_version", lambda package: "1.0" if package in of_cuda else None)
     assert machine.has_compilers
     assert find_kernels().problem is not None
     fill(tmp_path / "kernels", [source for source in all_sources() if source.language == "cute"])
@@ -199,8 +200,9 @@ def fill(folder: Path, sources: list[KernelSource], compiler: str | None = None)
             "sha256": hashlib.sha256(binary).hexdigest(),
             "resources": [],
         }
-        (home / (source.name + SUFFIX[source.language])).write_bytes(binary)
-        (home / f"{source.name}.json").write_text(json.dumps(record))
+        path = artifact_path(home, source, "sm_90a")
+        path.write_bytes(binary)
+        path.with_suffix(".json").write_text(json.dumps(record))
 
 
 @pytest.mark.usefixtures("machine")

@@ -13,8 +13,8 @@ import pytest
 from nf.errors import InputError
 from nf.kernels import compile as kernel_compile
 from nf.kernels import source as kernel_source
-from nf.kernels import toolchain
-from nf.kernels.compile import CompileError, cache_dir, compile_kernels, load_bundle
+from nf.kernels.compile import CompileError, artifact_path, cache_dir, compile_kernels, load_bundle, prune
+from nf.kernels.compiler_processes import CompilerProcessError, CompilerProcesses
 from nf.kernels.cubin import read_resources
 from nf.kernels.source import KernelSource
 
@@ -28,10 +28,10 @@ class Compiler:
         self.compiled: list[str] = []
         self.version: str | None = "1.0"
 
-    def compile_source(self, source: KernelSource, arch: str) -> bytes:
+    def compile(self, source: KernelSource, arch: str) -> bytes:
         assert arch == ARCH
         if source.name.startswith("wrong"):
-            raise RuntimeError("error: expected a ';'")
+            raise CompilerProcessError("error: expected a ';'")
         self.compiled.append(source.name)
         return f"{source.name} by {self.version}".encode()
 
@@ -39,8 +39,8 @@ class Compiler:
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
     double = Compiler()
-    monkeypatch.setattr(toolchain, "compile_source", double.compile_source)
-    monkeypatch.setattr(kernel_compile, "_compiler_version", lambda _language: double.version)
+    monkeypatch.setattr(CompilerProcesses, "compile", lambda _self, source, arch: double.compile(source, arch))
+    monkeypatch.setattr(kernel_compile, "_version", lambda _package: double.version)
     monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(kernel_source, "HERE", tmp_path)
     (tmp_path / "scale.cu").write_text("// scale")
@@ -55,7 +55,7 @@ def test_compiled_once_and_found_again(compiler: Compiler) -> None:
     first = compile_kernels([kernel()], ARCH)[0]
     again = compile_kernels([kernel()], ARCH)[0]
     assert compiler.compiled == ["scale"]
-    assert first.path == again.path == cache_dir() / "kernels" / ARCH / "scale.cubin"
+    assert first.path == again.path == artifact_path(cache_dir() / "kernels" / ARCH, kernel(), ARCH)
     assert again.path.read_bytes() == b"scale by 1.0"
 
 
@@ -72,7 +72,18 @@ def test_a_changed_source_configuration_or_compiler_compiles_anew(compiler: Comp
     assert len(compiler.compiled) == 4
 
 
-@pytest.mark.parametrize("damage", ["binary", "truncated record", "no record", "no binary", "another schema"])
+def test_versions_of_a_kernel_stand_side_by_side(compiler: Compiler) -> None:
+    old, new = (compile_kernels([kernel(TILE=tile)], ARCH)[0] for tile in (64, 128))
+    assert old.path != new.path
+    compiler.version = None
+    assert [compile_kernels([made.source], ARCH)[0].path for made in (old, new)] == [old.path, new.path]
+
+
+NO_RECORDS = ("[]", "null", "3", '"x"', "{}", "[" * 100_000)
+DAMAGE = ("binary", "truncated record", "no record", "no binary", "another schema", "resources", *NO_RECORDS)
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage[:20])
 def test_a_damaged_entry_is_made_anew(compiler: Compiler, damage: str) -> None:
     path = compile_kernels([kernel()], ARCH)[0].path
     record = path.with_suffix(".json")
@@ -82,6 +93,10 @@ def test_a_damaged_entry_is_made_anew(compiler: Compiler, damage: str) -> None:
         record.write_text(record.read_text()[:40])
     elif damage == "another schema":
         record.write_text(json.dumps(json.loads(record.read_text()) | {"schema": 0}))
+    elif damage == "resources":
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"resources": [{"registers": 1}]}))
+    elif damage in NO_RECORDS:
+        record.write_text(damage)
     else:
         (record if damage == "no record" else path).unlink()
     assert compile_kernels([kernel()], ARCH)[0].path.read_bytes() == b"scale by 1.0"
@@ -104,6 +119,18 @@ def test_errors_name_the_kernel_and_the_arch(compiler: Compiler) -> None:
     assert compiler.compiled == []
 
 
+def test_what_is_written_to_is_named_before_any_work(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "scale.cu"
+    with pytest.raises(InputError, match=r"folder: .*scale\.cu/sm_90a cannot be a folder: Not a directory"):
+        compile_kernels([kernel()], ARCH, folder=file)
+    monkeypatch.setenv("NF_CACHE_DIR", str(file))
+    with pytest.raises(InputError, match=r"NF_CACHE_DIR: .*scale\.cu/kernels/sm_90a cannot be a folder"):
+        compile_kernels([kernel()], ARCH)
+    assert compiler.compiled == []
+
+
 def test_many_at_a_time_compile_one_kernel_once(compiler: Compiler) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: compile_kernels([kernel()], ARCH)[0].path.read_bytes(), range(16)))
@@ -122,8 +149,24 @@ def test_a_bundle_loads_without_a_compiler_and_tells_what_is_wrong(compiler: Com
         load_bundle([kernel()], "sm_100a", bundle)
     with pytest.raises(CompileError, match=r"no intact scale of this version of nf; make the bundle anew"):
         load_bundle([kernel(TILE=8)], ARCH, bundle)
-    with pytest.raises(CompileError, match="holds kernels for no GPU"):
-        load_bundle([kernel()], ARCH, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    for name, reason in (("nowhere", "No such file"), ("scale.cu", "Not a directory"), ("empty", "kernels for no GPU")):
+        with pytest.raises(CompileError, match=rf"{name}: .*{reason}"):
+            load_bundle([kernel()], ARCH, tmp_path / name)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_bundle_is_rid_of_other_versions_and_of_nothing_else(tmp_path: Path) -> None:
+    old, new, other = (
+        compile_kernels([source], ARCH, folder=tmp_path)[0]
+        for source in (kernel(TILE=64), kernel(TILE=128), kernel("other"))
+    )
+    own = tmp_path / ARCH / "notes.json"
+    own.write_text("{}")
+    prune([new.source, other.source], ARCH, tmp_path)
+    kept = [path for made in (new, other) for path in (made.path, made.path.with_suffix(".json"))]
+    assert sorted(path for path in (tmp_path / ARCH).iterdir() if path.suffix != ".lock") == sorted([*kept, own])
+    assert old.path not in kept
 
 
 @pytest.mark.usefixtures("compiler")

@@ -1,0 +1,148 @@
+"""Compilers in processes of their own.
+
+The DSL's compiler keeps state and is not thread-safe, and a compiler that fails may end its process. These are plain
+processes: those of multiprocessing run the user's script again, and go on when their parent is killed. One is asked for
+kernels on its standard input, whose end is its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from types import TracebackType
+
+from nf.kernels.source import KernelSource
+
+_SERVE = "import sys; sys.path[:] = {path!r}; from nf.kernels.compiler_processes import serve; serve()"
+
+
+class CompilerProcessError(RuntimeError):
+    """The compiler refused the source, or ended."""
+
+
+class CompilerProcesses:
+    """``count`` processes, which as many threads can use at a time; as a context, at whose end they end."""
+
+    def __init__(self, count: int) -> None:
+        self.stopped = threading.Event()
+        self._all = [_Process() for _ in range(count)]
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        for process in self._all:
+            self._idle.put(process)
+
+    def compile(self, source: KernelSource, arch: str) -> bytes:
+        """A compiled kernel; see ``toolchain.compile_source``.
+
+        Raises:
+            CompilerProcessError: says why there is none.
+        """
+        process = self._idle.get()
+        try:
+            return process.compile(source, arch)
+        finally:
+            self._idle.put(process)
+
+    def stop(self) -> None:
+        """End all of them at once: what they are compiling fails, and what they are asked for from now on."""
+        self.stopped.set()
+        for process in self._all:
+            process.kill()
+
+    def __enter__(self) -> CompilerProcesses:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+        for process in self._all:
+            process.close()
+
+
+class _Process:
+    """Begun when it is first asked, and anew when it is asked after it ended."""
+
+    def __init__(self) -> None:
+        self._running: subprocess.Popen[bytes] | None = None
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 — by compilers; as long as this
+        self._lock = threading.Lock()  # between beginning and killing
+        self._killed = False
+
+    def compile(self, source: KernelSource, arch: str) -> bytes:
+        running = self._begun()
+        assert running.stdin is not None
+        assert running.stdout is not None
+        try:
+            pickle.dump((source, arch), running.stdin)
+            running.stdin.flush()
+            answer = pickle.load(running.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            reason = self._how_it_ended(running)
+            self._forget(running)
+            raise CompilerProcessError(reason) from None
+        if isinstance(answer, str):
+            raise CompilerProcessError(answer)
+        assert isinstance(answer, bytes)
+        return answer
+
+    def kill(self) -> None:
+        with self._lock:
+            self._killed = True
+            if self._running is not None:
+                self._running.kill()
+
+    def close(self) -> None:
+        if self._running is not None:
+            self._forget(self._running)
+        self._said.close()
+
+    def _begun(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._killed:
+                raise CompilerProcessError("stopped")
+            if self._running is None:
+                self._running = subprocess.Popen(
+                    [sys.executable, "-c", _SERVE.format(path=sys.path)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._said,
+                    start_new_session=True,  # an interrupt at the terminal is for the parent alone
+                )
+            return self._running
+
+    def _how_it_ended(self, running: subprocess.Popen[bytes]) -> str:
+        running.kill()  # should it only have said what it should not
+        status = running.wait()
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        why = lines[-1] if lines else "for want of memory? Fewer processes need less"
+        return f"its compiler ended with {how}: {why}"
+
+    def _forget(self, running: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(OSError), running:  # closes its pipes and waits
+            running.kill()
+        self._running = None
+
+
+def serve() -> None:
+    """What such a process does: compile what is asked for, and answer with the binary or with what was wrong."""
+    from nf.kernels.toolchain import compile_source
+
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # compilers print
+    for name in [name for name in os.environ if name.startswith("CUTE_DSL_")]:
+        del os.environ[name]  # they change what is made, and are not part of a kernel's fingerprint
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            source, arch = pickle.load(sys.stdin.buffer)
+            try:
+                answer: bytes | str = compile_source(source, arch)
+            except Exception as error:
+                answer = str(error).rstrip("\0\n ") or type(error).__name__
+            pickle.dump(answer, answers)
+            answers.flush()
