@@ -44,7 +44,7 @@ PLAN_CTAS = 32
 PLAN_HEADER_BYTES = TILE_BYTES = 32
 FILES = (
     "prefill_attention.cu", "prefill_consumer.cuh", "prefill_producer.cuh", "prefill_shared.cuh", "prefill_plan.cuh",
-    "wgmma.cuh", "cluster.cuh", "hopper.cuh",
+    "wgmma.cuh", "cluster.cuh", "memory.cuh", "hopper.cuh",
 )  # fmt: skip
 SHARED_BYTES = {64: 164_864, 128: 230_400}  # per CTA, by head_dim; checked where the kernel is compiled
 

@@ -4,15 +4,6 @@
 #include "prefill_shared.cuh"
 #include "wgmma.cuh"
 
-__device__ __forceinline__ int4 load_shared_16(uint32_t source) {
-    int4 value;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "r"(source)
-                 : "memory");
-    return value;
-}
-
 // Never stores (no sum of weights is negative): makes what follows wait for `value`. The assembler would otherwise move
 // its computation behind the next wgmma_wait, and nothing would run under the products that this waits for.
 __device__ __forceinline__ void keep_before(float value) {
@@ -20,12 +11,6 @@ __device__ __forceinline__ void keep_before(float value) {
         "{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}\n" ::"f"(value),
         "r"(0)
         : "memory");
-}
-
-// `value`, of which the compiler knows nothing: what is computed from it is not computed earlier and kept in registers.
-__device__ __forceinline__ int unforeseen(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
 }
 
 struct Consumer {
@@ -286,7 +271,8 @@ struct Consumer {
             sums[r] += __shfl_xor_sync(0xFFFFFFFF, sums[r], 2);
         }
         rescale(1.0f / sums[0], 1.0f / sums[1]);
-        const int lane = unforeseen(this->lane), row = warp * 16 + lane % 16;
+        // What follows from it is not worked out earlier and kept in registers.
+        const int lane = kept(uint32_t(this->lane)), row = warp * 16 + lane % 16;
         const uint32_t q = queries(slot);
         named_barrier_sync(WARPGROUP_BARRIER + warpgroup, 128);  // all four warps' products have ended
 #pragma unroll
@@ -309,7 +295,7 @@ struct Consumer {
             const int own = warp * 16 + i + lane / CHUNKS, in_cta = warpgroup * 64 + own;
             const int token = group.token(in_cta), head = in_cta - token * group.size;
             if (token < part.tokens)
-                *reinterpret_cast<int4*>(target + token * row_bytes + head * (HEAD_DIM * 2) + chunk * 16) =
+                *reinterpret_cast<uint4*>(target + token * row_bytes + head * (HEAD_DIM * 2) + chunk * 16) =
                     load_shared_16(q + chunk / 8 * Q_PANEL_BYTES + own * 128 + ((chunk ^ own) & 7) * 16);
         }
         __syncwarp();

@@ -2,11 +2,10 @@
 #pragma once
 
 #include "cluster.cuh"
-#include "hopper.cuh"
+#include "memory.cuh"
 #include "prefill_plan.cuh"
 
 using uint8_t = unsigned char;  // NVRTC brings no <cstdint>
-using int64_t = long long;
 
 constexpr int PANELS = HEAD_DIM / 64;  // of 64 columns, 128 bytes a row
 constexpr int WARPGROUPS = 2;          // that multiply, on 64 query rows each; one more loads
