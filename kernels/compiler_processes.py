@@ -2,20 +2,22 @@
 
 The DSL's compiler keeps state and is not thread-safe, and a compiler that fails may end its process. These are plain
 processes: those of multiprocessing run the user's script again, and go on when their parent is killed. One is asked for
-kernels on its standard input, whose end is its own.
+kernels on its standard input, whose end is its own, in lines of JSON, and answers with one that the binary follows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import pickle
 import queue
 import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import asdict
 from types import TracebackType
+from typing import Any
 
 from nf.kernels.source import KernelSource
 
@@ -77,17 +79,20 @@ class _Process:
         assert running.stdin is not None
         assert running.stdout is not None
         try:
-            pickle.dump((source, arch), running.stdin)
+            running.stdin.write(json.dumps([asdict(source), arch]).encode() + b"\n")
             running.stdin.flush()
-            answer = pickle.load(running.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
+            answer = json.loads(running.stdout.readline())
+            binary = running.stdout.read(answer["bytes"])
+            whole = len(binary) == answer["bytes"]
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
             reason = self._how_it_ended(running)
             self._forget(running)
-            raise CompilerProcessError(reason) from None
-        if isinstance(answer, str):
-            raise CompilerProcessError(answer)
-        assert isinstance(answer, bytes)
-        return answer
+            raise CompilerProcessError(reason)
+        if answer["error"]:
+            raise CompilerProcessError(answer["error"])
+        return binary
 
     def kill(self) -> None:
         with self._lock:
@@ -137,12 +142,21 @@ def serve() -> None:
     os.dup2(2, 1)  # compilers print
     for name in [name for name in os.environ if name.startswith("CUTE_DSL_")]:
         del os.environ[name]  # they change what is made, and are not part of a kernel's fingerprint
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        while True:
-            source, arch = pickle.load(sys.stdin.buffer)
+    with contextlib.suppress(BrokenPipeError):
+        for line in sys.stdin.buffer:
+            fields, arch = json.loads(line)
+            binary, error = b"", ""
             try:
-                answer: bytes | str = compile_source(source, arch)
-            except Exception as error:
-                answer = str(error).rstrip("\0\n ") or type(error).__name__
-            pickle.dump(answer, answers)
+                binary = compile_source(_source(fields), arch)
+            except Exception as refusal:
+                error = str(refusal).rstrip("\0\n ") or type(refusal).__name__
+            answers.write(json.dumps({"bytes": len(binary), "error": error}).encode() + b"\n" + binary)
             answers.flush()
+
+
+def _source(fields: dict[str, Any]) -> KernelSource:
+    """Of the source's fields, in which JSON has lists for tuples."""
+    config = tuple((name, value) for name, value in fields["config"])
+    return KernelSource(
+        **fields | {"files": tuple(fields["files"]), "parameters": tuple(fields["parameters"]), "config": config}
+    )

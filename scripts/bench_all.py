@@ -17,9 +17,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nf.cli.files import make_folder
 from nf.cli.parser import CommandParser
 from nf.errors import InputError
+from nf.files import make_folder
 
 ROOT = Path(__file__).parents[1]
 NF = f"{shlex.quote(sys.executable)} -m nf.cli"
