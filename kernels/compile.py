@@ -12,6 +12,7 @@ import concurrent.futures
 import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -90,18 +91,18 @@ def compile_kernels(
         raise InputError("arch", f"must be one of {', '.join(ARCHES)}, not {arch!r}")
     home = (folder or cache_dir() / "kernels") / arch
     sources = list(sources)
-    found = {source.name: _fresh(home, source, arch) for source in sources}
-    missing = [source for source in sources if found[source.name] is None]
+    found = {source: _fresh(home, source, arch) for source in sources}
+    missing = [source for source, artifact in found.items() if artifact is None]
     problem = missing_compiler(missing)
     if problem is not None:
         raise CompileError(problem)
     if missing:
         make_folder("folder" if folder else "NF_CACHE_DIR", home)
     for source, artifact in _compile_all(home, missing, arch, processes):
-        found[source.name] = artifact
+        found[source] = artifact
         if progress is not None:
             progress(source.name)
-    return [artifact for artifact in found.values() if artifact is not None]
+    return [artifact for artifact in map(found.__getitem__, sources) if artifact is not None]
 
 
 def prune(sources: Iterable[KernelSource], arch: str, folder: Path) -> None:
@@ -112,6 +113,8 @@ def prune(sources: Iterable[KernelSource], arch: str, folder: Path) -> None:
         if record.stem not in wanted:
             for suffix in (*SUFFIX.values(), ".json"):
                 record.with_suffix(suffix).unlink(missing_ok=True)
+    for lock in home.glob(".*.lock"):
+        lock.unlink(missing_ok=True)
 
 
 def cached(sources: Iterable[KernelSource], arch: str) -> tuple[Artifact, ...]:
@@ -129,7 +132,11 @@ def missing_compiler(sources: Iterable[KernelSource]) -> str | None:
             if _version(package) is None:
                 return _not_compiled(f"{package} is not installed", "pip install 'nf[cuda]'")
         if language == "cute" and find_linker() is None:
-            return _not_compiled("there is no C compiler to link their launchers", "install gcc, or set CC")
+            own = os.environ.get("CC")
+            why = (
+                f"CC, {own!r}, is no command that is there" if own else "there is no C compiler to link their launchers"
+            )
+            return _not_compiled(why, "set CC to a C compiler" if own else "install gcc, or set CC")
     return None
 
 
@@ -169,16 +176,23 @@ def _compile_all(
         return
     count = min(processes or cpu_cores(), len(sources))
     with CompilerProcesses(count) as compilers, concurrent.futures.ThreadPoolExecutor(count) as pool:
-        jobs = {pool.submit(_compile_locked, home, source, arch, compilers): source for source in sources}
+        left, jobs = iter(sources), dict[concurrent.futures.Future[Artifact], KernelSource]()
+
+        def begin(number: int) -> None:
+            for source in itertools.islice(left, number):
+                jobs[pool.submit(_compile_locked, home, source, arch, compilers)] = source
+
         try:
-            for job in concurrent.futures.as_completed(jobs):
-                yield jobs[job], job.result()
+            begin(count)  # no more: at its end the interpreter waits for all that has been submitted
+            while jobs:
+                done, _ = concurrent.futures.wait(jobs, return_when=concurrent.futures.FIRST_COMPLETED)
+                begin(len(done))
+                for job in done:
+                    yield jobs.pop(job), job.result()
         except CompileError:
-            pool.shutdown(cancel_futures=True)  # what was begun is kept
-            raise
+            raise  # what was begun is kept
         except BaseException:
             compilers.stop()
-            pool.shutdown(cancel_futures=True)
             raise
 
 

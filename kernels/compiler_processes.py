@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,9 @@ from typing import Any
 from nf.kernels.source import KernelSource
 
 _SERVE = "import sys; sys.path[:] = {path!r}; from nf.kernels.compiler_processes import serve; serve()"
+
+
+ENDING_SECONDS = 1.0  # from the end of what a process says to its own
 
 
 class CompilerProcessError(RuntimeError):
@@ -75,7 +79,12 @@ class _Process:
         self._killed = False
 
     def compile(self, source: KernelSource, arch: str) -> bytes:
-        running = self._begun()
+        try:
+            running = self._begun()
+        except OSError as error:
+            raise CompilerProcessError(f"its compiler cannot be begun: {error}") from None
+        self._said.seek(0)
+        self._said.truncate()  # what is said from here on is about this kernel
         assert running.stdin is not None
         assert running.stdout is not None
         try:
@@ -120,18 +129,22 @@ class _Process:
             return self._running
 
     def _how_it_ended(self, running: subprocess.Popen[bytes]) -> str:
-        running.kill()  # should it only have said what it should not
-        status = running.wait()
+        try:
+            status = running.wait(timeout=ENDING_SECONDS)
+        except subprocess.TimeoutExpired:  # it only said what it should not
+            running.kill()
+            status = running.wait()
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        why = lines[-1] if lines else "for want of memory? Fewer processes need less"
-        return f"its compiler ended with {how}: {why}"
+        hint = ["for want of memory? Fewer processes need less"] if status == -signal.SIGKILL else []
+        return ": ".join([f"its compiler ended with {how}", *(lines[-1:] or hint)])
 
     def _forget(self, running: subprocess.Popen[bytes]) -> None:
+        with self._lock:
+            self._running = None
         with contextlib.suppress(OSError), running:  # closes its pipes and waits
             running.kill()
-        self._running = None
 
 
 def serve() -> None:

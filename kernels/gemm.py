@@ -8,7 +8,8 @@ Arrays, row-major, 16-byte aligned, on the device:
   rows   [1] int32: how many rows of x there are; a captured launch serves any number up to capacity
 
 Epilogues: "none", "bias" and "residual" (added in fp32), "swiglu" (rows of W alternate 8 gate and 8 up rows; the output
-is silu(gate)·up). Rows of y between ``rows`` and the next multiple of a tile are undefined, the rest is untouched.
+is silu(gate)·up). Rows of y from ``rows`` to the next multiple of a cluster's tiles are undefined, those behind it
+untouched; where x and W are swapped, all from ``rows`` on are.
 
 ``rows`` and W are read before the kernel launched before has ended: they must have been written before that one began.
 
@@ -80,9 +81,16 @@ class GemmConfig:
         cluster_m, cluster_n, split = map(int, cluster.split("x"))
         swap = _SWAPPED in options
         (evict,) = options[swap:] or [""]
-        if evict not in EVICTIONS:
+        config = cls(tile_m, tile_n, cluster_m, cluster_n, split, swap, evict)
+        whole = 16 if swap else 64 * config.warpgroups  # rows of a tile
+        if (
+            config.label != label
+            or evict not in EVICTIONS
+            or min(tile_m, tile_n, config.cluster_size) < 1
+            or tile_m % whole
+        ):
             raise ValueError(label)
-        return cls(tile_m, tile_n, cluster_m, cluster_n, split, swap, evict)
+        return config
 
     @property
     def cluster_size(self) -> int:
@@ -95,7 +103,8 @@ class GemmConfig:
 
     @property
     def residents(self) -> int:
-        """CTAs per SM. Swapped ones only wait for memory: the next kernel's are to be there before the last leave."""
+        """CTAs that are to share an SM; a few tiles fill it alone (see GemmUnits). Swapped ones only wait for memory:
+        the next kernel's are to be there before the last leave."""
         return 2 if self.swap else 1
 
     def serves(self, epilogue: Epilogue, output: Output = "bfloat16") -> bool:
@@ -147,14 +156,15 @@ class GemmConfig:
 
 @dataclass(frozen=True, slots=True)
 class GemmChoice:
-    """A configuration and ``group``: how many tiles of W are walked together, so that L2 serves their rows of x."""
+    """A configuration and ``group``: how many columns of clusters are walked together, so that L2 serves what they
+    share."""
 
     config: GemmConfig
     group: int = 8
 
 
 GROUPED = (GemmConfig(128, 256, 1, 2), GemmConfig(128, 128, 1, 2))
-"""For experts: a tile has rows of one expert, and so may tiles that share W by multicast."""
+"""For experts: tiles that share W by multicast could be of two of them, so clusters share x."""
 GROUPED_EPILOGUES: tuple[Epilogue, ...] = ("none", "swiglu")
 
 
@@ -194,7 +204,10 @@ def choose(n: int, k: int, rows: int, sms: int, epilogue: Epilogue = "none", out
     """What to run for up to ``rows`` rows on ``sms`` SMs.
 
     The table's choice where it has this shape on as many SMs with as many blocks of 128 rows (up to 128 rows: the next
-    tabulated number); otherwise, and for swiglu where that choice cannot serve it, the cheapest by ``cost``.
+    tabulated number); otherwise, and for an epilogue or output that this choice cannot serve, the cheapest by ``cost``.
+
+    Raises:
+        InputError: k is too small for any.
     """
     near = [r for (tn, tk, ts, r) in _table() if (tn, tk, ts) == (n, k, sms) and -(-r // 128) == -(-rows // 128)]
     exact = min((r for r in near if r >= rows), default=None) if rows <= 128 else max(near, default=None)
@@ -203,6 +216,8 @@ def choose(n: int, k: int, rows: int, sms: int, epilogue: Epilogue = "none", out
         if choice.config.serves(epilogue, output):
             return choice
     able = [config for config in configurations() if config.serves(epilogue, output) and config.split * TILE_K <= k]
+    if not able:
+        raise InputError("k", f"a GEMM needs k ≥ {TILE_K}, not {k}")
     return GemmChoice(min(able, key=lambda config: cost(config, n, k, rows, sms)))
 
 
@@ -262,20 +277,27 @@ class GemmKernels:
         Args:
             n, k: rows and columns of W.
             capacity: rows of x and y.
-            sms: SMs the launches may use.
+            sms: SMs of the partition, or of the GPU, that the launches run on.
             epilogue, output: see the module.
             num_experts: W is [num_experts, n, k], and every 128 rows of x belong to one expert; the epilogue is "none"
                 or "swiglu", the output bf16.
             choice: None takes ``choose``'s.
 
         Raises:
-            InputError: n or k is not a multiple of 16 or 8, the capacity is not positive, or nothing is compiled for
-                this epilogue with this output or with experts.
+            InputError: n or k is not a multiple of 16 or 8, a number is not positive, or nothing is compiled for this
+                epilogue with this output, with experts or with this choice.
         """
         if n <= 0 or n % 16 or k < TILE_K or k % 8:
             raise InputError("n, k", f"a GEMM needs n a multiple of 16 and k of 8, k ≥ {TILE_K}, not {n} and {k}")
-        if capacity <= 0:
-            raise InputError("capacity", f"must be at least one row, not {capacity}")
+        for name, number in (
+            ("capacity", capacity),
+            ("sms", sms),
+            ("num_experts", 1 if num_experts is None else num_experts),
+        ):
+            if number < 1:
+                raise InputError(name, f"must be at least 1, not {number}")
+        if epilogue not in _COMPILED or output not in _DSL_TYPES:
+            raise InputError("epilogue, output", f"there is no {epilogue!r} with {output!r}")
         grouped = num_experts is not None
         if output == "float32" and epilogue != "none":
             raise InputError("output", f"float32 is there for the plain product only, not for {epilogue!r}")
@@ -284,11 +306,19 @@ class GemmKernels:
         if choice is None and grouped:
             choice = GemmChoice(min(GROUPED, key=lambda config: cost(config, n, k, capacity, sms)))
         choice = choice or choose(n, k, capacity, sms, epilogue, output)
+        config = choice.config
+        if choice.group < 1 or config.split * TILE_K > k or not (grouped or config.serves(epilogue, output)):
+            raise InputError(
+                "choice", f"{config.label} in groups of {choice.group} cannot serve {epilogue!r} at k = {k}"
+            )
+        if config.swap and capacity * n >= 1 << 31:
+            raise InputError("capacity", f"{config.label} has y of less than 2³¹ elements, not {capacity} rows of {n}")
         name = choice.config.source(epilogue, output, grouped=grouped).name
         if name not in self._loaded:
             self._loaded[name] = self._loader.cute(name)
         extra_stride = n if epilogue == "residual" else 0
-        return Gemm(self._loaded[name], choice, n, k, capacity, sms, extra_stride, num_experts or 1)
+        takes = (epilogue in ("bias", "residual"), grouped)
+        return Gemm(self._loaded[name], choice, n, k, capacity, sms, extra_stride, num_experts or 1, takes)
 
 
 class Gemm:
@@ -304,8 +334,10 @@ class Gemm:
         sms: int,
         extra_stride: int,
         num_experts: int,
+        takes: tuple[bool, bool],
     ) -> None:
         self.choice = choice
+        self._takes_extra, self._takes_experts = takes
         self.n, self.k, self.capacity = n, k, capacity
         self._kernel = kernel
         self._sizes = (capacity, n, k, num_experts, extra_stride, choice.group)
@@ -331,8 +363,11 @@ class Gemm:
             sms: fewer or more SMs than it was made for.
 
         Raises:
+            InputError: ``extra`` or ``tile_experts`` is missing.
             LaunchError: the driver refused.
         """
+        if (self._takes_extra and not extra) or (self._takes_experts and not tile_experts):
+            raise InputError("tile_experts" if extra or not self._takes_extra else "extra", "must be given")
         clusters = self._clusters if sms is None else self._clusters_on(sms)
         self._kernel.launch(x, w, y, extra or x, rows, tile_experts or rows, *self._sizes, clusters, stream=stream)
 

@@ -254,7 +254,7 @@ class GemmConsumer(GemmUnits):
         return gate * up * cute.arch.rcp_approx(1.0 + cute.math.exp(-gate, fastmath=True))
 
     @cute.jit
-    def _store(self, staging, buffer, rows_at, column, piece: cutlass.Constexpr, leader, together):
+    def _store(self, staging, buffer, rows_at, column, piece, leader, together):
         """A unit's output values → y, through one of the warpgroup's buffers."""
         cute.copy(staging.to_shared, staging.values, staging.buffers[(None, None, None, buffer)])
         cute.arch.fence_proxy("async.shared", space="cta")

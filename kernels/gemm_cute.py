@@ -12,15 +12,15 @@ fewer rows of W than its WGMMAs, so that tiles are as many as there are places f
 next stage or what lies behind the ring, becomes sums that nobody stores.
 
 The ring carries, for each tile of a CTA and in this order: its share of the K tiles, both operands to a stage; if K is
-split, stages that the peers write their partial sums to; the residual or bias of the units that this CTA finishes. All
-warps walk the same sequence, so the number of tiles done tells in which stage something stands, in a peer's ring too
-(GemmConsumer._send). Of a consumer's two places in the ring, ``read`` is the stage it waits for next, and ``release``
-the oldest that a product may still be reading.
+split, stages that the peers write their partial sums to; unless swapped, the residual or bias of the units that this
+CTA finishes. All warps walk the same sequence, so the number of tiles done tells in which stage something stands, in a
+peer's ring too (GemmConsumer._send). Of a consumer's two places in the ring, ``read`` is the stage it waits for next,
+and ``release`` the oldest that a product may still be reading.
 
 The number of rows is read from device memory, so one captured launch serves every smaller batch. Rows between that
-number and the end of the last tile come out as garbage unless the operands are swapped; rows from ``capacity`` on are
-never touched. The row count and W are read before the kernel before has ended (programmatic dependent launch), all else
-after it; with experts everything is, since that kernel counts the rows.
+number and the end of the last cluster's tiles come out as garbage unless the operands are swapped; rows from
+``capacity`` on are never touched. The row count and W are read before the kernel before has ended (programmatic
+dependent launch), all else after it; with experts everything is, since a kernel before counts the rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from nf.kernels.gemm_producer_cute import GemmProducer
 from nf.kernels.gemm_units_cute import TILE_K, GemmTile
 
 PRODUCER_REGISTERS = 40
-CONSUMER_REGISTERS = {1: 240, 2: 232}  # per thread, by number of consumer warpgroups
+CONSUMER_REGISTERS = 232  # per thread
 
 
 class Gemm(GemmProducer, GemmConsumer):
@@ -220,7 +220,7 @@ class Gemm(GemmProducer, GemmConsumer):
         pipeline.pipeline_init_wait(cluster_shape_mn=self.cluster)
 
         if const_expr(self.grouped):
-            cute.arch.griddepcontrol_wait()  # the kernel before sorts the rows by expert and counts them
+            cute.arch.griddepcontrol_wait()  # an earlier kernel sorts the rows by expert and counts them
         valid = cutlass.min(rows[0], capacity)
         m_tiles = cute.ceil_div(n if const_expr(self.swap) else valid, tile_m * self.cluster[0])
         n_tiles = cute.ceil_div(valid if const_expr(self.swap) else n, tile_n * self.cluster[1])
@@ -234,7 +234,7 @@ class Gemm(GemmProducer, GemmConsumer):
                 )  # fmt: skip
         else:
             if const_expr(self.residents == 1):
-                cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[self.consumers])
+                cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             self._consume(
                 ring, mma, s_multiplied, s_right, sY, sE_read, received, room, drained, y_store, Y, E, thread - 128,
                 place, m_tiles, n_tiles, k, group, valid, n,

@@ -15,7 +15,7 @@ class Operand(NamedTuple):
     """How tiles of x or W get into shared memory."""
 
     atom: Any
-    tiles: Any  # in global memory, (box, tile, K tile)
+    tiles: Any  # in global memory, (box, tile, K tile, and of W the expert)
     stages: Any  # in shared memory, (box, stage)
     mask: Any  # CTAs of the cluster that get it as well
     policy: int | None  # of L2

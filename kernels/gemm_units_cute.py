@@ -1,7 +1,7 @@
 """Device side of the dense GEMM: what producer and consumers agree on, the tiles and the units of a tile.
 
-A unit is what one thread block finishes at a time: a few columns of 64 rows. Units of a tile whose K is split are
-shared out among the CTAs of a cluster; each sends its partial sums of the others' units to their shared memory.
+A unit is what a CTA finishes at a time: a few columns of 64 rows per warpgroup. Units of a tile whose K is split are
+shared out among the CTAs that share its K; each sends its partial sums of the others' units to their shared memory.
 """
 
 from __future__ import annotations

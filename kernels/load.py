@@ -46,7 +46,7 @@ class KernelLoader:
         self._undo = ExitStack()
 
     def cute(self, name: str) -> CuteKernel:
-        """A kernel of the CuTe DSL. Raises LaunchError if it cannot be loaded."""
+        """A kernel of the CuTe DSL. Raises CudaError if it cannot be loaded."""
         return CuteKernel(self._artifacts[name])
 
     def cuda(self, name: str, *, shared_bytes: int = 0) -> CudaKernel:
@@ -77,7 +77,7 @@ class CuteKernel:
         """Launch with one value per parameter of the source on ``stream``.
 
         Raises:
-            LaunchError: the driver refused.
+            CudaError: the driver refused.
         """
         self._set_arguments(*values, stream)
         self._launch(self._arguments, self._count)
@@ -96,7 +96,7 @@ def _launcher(path: Path) -> ctypes.CDLL:
     there, and unloading would leave none for other executors. All use the one device of the process.
 
     Raises:
-        LaunchError: the driver refused.
+        CudaError: the driver refused.
     """
     with _LOADING:  # engines may be started by several threads
         return _loaded_launcher(path)
@@ -105,7 +105,10 @@ def _launcher(path: Path) -> ctypes.CDLL:
 @functools.cache
 def _loaded_launcher(path: Path) -> ctypes.CDLL:
     _load_runtime()
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:  # e.g. linked for a newer C library
+        raise LaunchError(f"{path}: {error}") from None
     module, status = ctypes.c_void_p(), ctypes.c_int32()
     where, device = ctypes.c_void_p(ctypes.addressof(module)), ctypes.c_int32(_current_device())
     for step, arguments in (("init", (where, status)), ("load_to_device", (where, device, status))):
@@ -147,7 +150,7 @@ class CudaKernel:
         """Launch ``grid`` CTAs of ``block`` threads; ``pdl`` lets it start before the kernel before it has ended.
 
         Raises:
-            LaunchError: the driver refused.
+            CudaError: the driver refused.
         """
         self._set_arguments(*values)
         placed = (grid, block, stream, pdl)
@@ -159,7 +162,7 @@ class CudaKernel:
         """Launch as the last time, which takes little more than the driver's own part.
 
         Raises:
-            LaunchError: the driver refused.
+            CudaError: the driver refused.
         """
         status = self._launch()
         if status:

@@ -42,7 +42,10 @@ def _compile_cuda(source: KernelSource, arch: str) -> bytes:
 
 def find_linker() -> list[str] | None:
     """Command of the C compiler that links launchers: ``$CC``, else cc or gcc; None if it is not there."""
-    own = shlex.split(os.environ.get("CC", ""))
+    try:
+        own = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # an open quotation
+        return None
     for command in [own] if own else [["cc"], ["gcc"]]:
         if shutil.which(command[0]):
             return command
@@ -64,7 +67,9 @@ def _compile_cute(source: KernelSource, arch: str) -> bytes:
         runtime = library / "libcuda_dialect_runtime_static.a"
         command = [*linker, "-shared", "-o", str(out), f"{scratch}/kernel.o", str(runtime)]
         command.append("-Wl,-Bsymbolic,--gc-sections")
-        done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(
+            command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+        )
         if done.returncode != 0:
             said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             raise RuntimeError(f"{linker[0]} cannot link its launcher: {said[-1]}")

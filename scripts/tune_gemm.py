@@ -25,12 +25,14 @@ from typing import Any
 
 from nf.bench.gemm_cases import HEADS, MODELS, partition_stream
 from nf.bench.kernels import normal
+from nf.cli.files import check_writable
 from nf.cli.parser import CommandParser
-from nf.errors import NfError
+from nf.errors import InputError, NfError
 from nf.kernels.compile import compile_kernels, load_bundle
 from nf.kernels.gemm import (
     EVICTIONS,
     TABLE,
+    TILE_K,
     Epilogue,
     Gemm,
     GemmChoice,
@@ -80,7 +82,7 @@ def shortlist(
     n: int, k: int, rows: int, sms: int, configs: list[GemmConfig], count: int, epilogue: Epilogue, output: Output
 ) -> list[GemmConfig]:
     """The ``count`` cheapest by the rule."""
-    able = [c for c in configs if c.split * 64 <= k and c.serves(epilogue, output) and (not c.swap or rows <= 256)]
+    able = [c for c in configs if c.split * TILE_K <= k and c.serves(epilogue, output) and (not c.swap or rows <= 256)]
     return sorted(able, key=lambda config: cost(config, n, k, rows, sms))[:count]
 
 
@@ -88,7 +90,7 @@ def near_the_best(files: list[Path]) -> dict[Point, list[GemmChoice]]:
     """What earlier records have near the best of each point, best first."""
     found: dict[Point, list[GemmChoice]] = {}
     for file in files:
-        for point in json.loads(file.read_text())["points"]:
+        for point in read_record(file)["points"]:
             ranked = sorted((t, config, group) for config, group, t in point["times"])
             found[_key(point)] = [
                 GemmChoice(GemmConfig.from_label(c), g) for t, c, g in ranked if t <= NEAR * ranked[0][0]
@@ -101,9 +103,10 @@ def _key(point: dict[str, Any]) -> Point:
 
 
 def measure(args: argparse.Namespace) -> None:
+    check_writable("--out", args.out)
     record = new_record()
     configs = _configs(args)
-    sources = _sources(configs, args.names, args.evict)
+    sources = _sources([*configs, *args.also], args.names, args.evict)
     kernels = GemmKernels(KernelLoader(load_bundle(sources, "sm_90a", args.bundle)))
     earlier = near_the_best(args.previous)
     started = time.monotonic()
@@ -269,12 +272,14 @@ def reduce(files: list[Path], only: set[str] | None = None) -> dict[str, Any]:
     """Cover all points with few configurations: repeatedly the one that serves most of the points left within the
     tolerance, then for every point the fastest of those chosen. ``only`` names those there are to choose from."""
     # Of a point measured twice the later record counts; of the same day, the first file named.
-    records = sorted((json.loads(file.read_text()) for file in files), key=lambda record: record["date"], reverse=True)
+    records = sorted(map(read_record, files), key=lambda record: str(record["date"]), reverse=True)
     unique = {_key(point): point for record in reversed(records) for point in record["points"]}
     for point in unique.values():
         point["times"] = [time for time in point["times"] if only is None or time[0] in only]
     with_times = (point for point in unique.values() if point["times"])
     points = sorted(with_times, key=lambda p: (p["model"], p["sms"], p["name"], p["rows"]))
+    if not points:
+        raise InputError("only" if only else "files", "leave no point of which there is a time")
     fits = [_fit(point) for point in points]
     chosen: set[str] = set()
     left = list(range(len(points)))
@@ -289,12 +294,35 @@ def reduce(files: list[Path], only: set[str] | None = None) -> dict[str, Any]:
     for point in points:
         seconds, config, group = min((t, c, g) for c, g, t in point["times"] if c in chosen)
         entry = {key: point[key] for key in ("model", "name", "n", "k", "sms", "rows")}
-        if point["cublas"] is not None:  # else the seconds are those of a layer
+        if point["cublas"] is not None:  # else the seconds are those of a layer or a step
             entry |= {"us": round(seconds * 1e6, 2), "cublas": round(seconds / point["cublas"], 3)}
         entries.append({**entry, "config": config, "group": group})
     keep = ("date", "gpu", "driver", "cublas", "commit", "note")
     measured = [{key: record[key] for key in keep if record.get(key) is not None} for record in records]
     return {"measured": measured, "entries": entries}
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What was measured.
+
+    Raises:
+        InputError: names the file, if it is none.
+    """
+    try:
+        record = json.loads(file.read_text())
+        assert isinstance(record, dict)
+        assert isinstance(record["date"], str)
+        for point in record["points"]:
+            assert {"model", "name", "n", "k", "sms", "rows", "cublas"} <= point.keys()
+            for label, group, seconds in point["times"]:
+                GemmConfig.from_label(label)
+                assert group >= 1
+                assert seconds > 0
+    except OSError as error:
+        raise InputError(str(file), error.strerror or "cannot be read") from None
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+        raise InputError(str(file), "is no record of this script's") from None
+    return record
 
 
 def _fit(point: dict[str, Any]) -> set[str]:
@@ -315,6 +343,14 @@ def main() -> None:
         command.add_argument(
             "--evict", nargs="+", choices=EVICTIONS[1:], default=[], metavar="XW", help="evictions to try: nf, lf, fl"
         )
+        command.add_argument(
+            "--also",
+            nargs="*",
+            type=_config,
+            default=[],
+            metavar="LABEL",
+            help="configurations to try at every point",
+        )
         if name == "measure":
             command.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
             command.add_argument("--previous", nargs="*", type=Path, default=[], help="records that name candidates")
@@ -322,36 +358,31 @@ def main() -> None:
             command.add_argument("--rows", nargs="+", type=int, default=ROWS)
             command.add_argument("--count", type=int, default=7, help="candidates per point")
             command.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
-            command.add_argument(
-                "--also",
-                nargs="*",
-                type=_config,
-                default=[],
-                metavar="LABEL",
-                help="configurations to try at every point",
-            )
             command.add_argument("--out", type=Path, required=True)
     reducing = commands.add_parser("reduce")
     reducing.add_argument("files", nargs="+", type=Path)
     reducing.add_argument("--only", nargs="+", metavar="LABEL", help="choose among these, e.g. those that passed tests")
     args = parser.parse_args()
-    if args.command == "compile":
-        for artifact in compile_kernels(_sources(_configs(args), args.names, args.evict), "sm_90a", folder=args.bundle):
-            for used in artifact.resources:
-                print(f"{artifact.source.name}: {used.registers} registers, {used.stack_bytes} B of stack")
-    elif args.command == "measure":
-        try:
-            measure(args)
-        except NfError as error:
-            parser.exit(1, f"tune_gemm: {error}\n")
-    else:
-        try:
-            table = reduce(args.files, set(args.only) if args.only else None)
-        except OSError as error:
-            parser.error(f"{error.filename}: {error.strerror}")
-        lines = ",\n".join(f"  {json.dumps(entry)}" for entry in table["entries"])
-        TABLE.write_text(f'{{"measured": {json.dumps(table["measured"])},\n "entries": [\n{lines}\n ]}}\n')
-        print(f"{len(table['entries'])} points, {len({e['config'] for e in table['entries']})} configurations")
+    try:
+        {"compile": compile_bundle, "measure": measure, "reduce": write_table}[args.command](args)
+    except NfError as error:
+        parser.exit(1, f"tune_gemm: {error}\n")
+
+
+def compile_bundle(args: argparse.Namespace) -> None:
+    sources = _sources([*_configs(args), *args.also], args.names, args.evict)
+    if not sources:
+        raise InputError("--configs", "cannot serve any of the products")
+    for artifact in compile_kernels(sources, "sm_90a", folder=args.bundle):
+        for used in artifact.resources:
+            print(f"{artifact.source.name}: {used.registers} registers, {used.stack_bytes} B of stack")
+
+
+def write_table(args: argparse.Namespace) -> None:
+    table = reduce(args.files, set(args.only) if args.only else None)
+    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in table["entries"])
+    TABLE.write_text(f'{{"measured": {json.dumps(table["measured"])},\n "entries": [\n{lines}\n ]}}\n')
+    print(f"{len(table['entries'])} points, {len({e['config'] for e in table['entries']})} configurations")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from nf.bench import cublas
 from nf.bench.gemm_cases import MODELS
 from nf.bench.kernels import normal
 from nf.bench.measure import Call, measure
+from nf.cli.files import check_writable
 from nf.cli.parser import CommandParser
 from nf.errors import NfError
 from nf.kernels.compile import compile_kernels, load_bundle
@@ -128,7 +129,7 @@ def main() -> None:
     parser.add_argument("command", choices=("compile", "measure"))
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--rows", nargs="+", type=int, choices=range(16, 65, 16), default=ROWS, help="16, 32, 48, 64")
     parser.add_argument(
         "--evict", choices=EVICTIONS, default="", metavar="XW", help="what candidates tell L2: nf, lf, fl"
     )
@@ -138,10 +139,11 @@ def main() -> None:
         parser.error("--out: measure needs a file for its record")
     configs = {*configurations(), *(config for rows in args.rows for config in candidates(rows, args.evict))}
     sources = [config.source("none") for config in sorted(configs) if config.swap]
-    if args.command == "compile":
-        compile_kernels(sources, "sm_90a", folder=args.bundle)
-        return
     try:
+        if args.command == "compile":
+            compile_kernels(sources, "sm_90a", folder=args.bundle)
+            return
+        check_writable("--out", args.out)
         record = new_record(note="seconds of a whole layer")
         kernels = GemmKernels(KernelLoader(load_bundle(sources, "sm_90a", args.bundle)))
     except NfError as error:

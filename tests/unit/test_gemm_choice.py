@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from nf.kernels.gemm import (
     TABLE,
     TILE_K,
     Epilogue,
+    GemmChoice,
     GemmConfig,
     GemmKernels,
     choose,
@@ -99,6 +101,37 @@ def test_sizes_that_no_kernel_serves(changes: dict[str, int], field: str) -> Non
     size = {"n": 128, "k": 128, "capacity": 8} | changes
     with pytest.raises(InputError, match=field):
         GemmKernels([]).product(size["n"], size["k"], size["capacity"], sms=132)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"sms": 0}, "sms"),
+        ({"num_experts": 0}, "num_experts"),
+        ({"epilogue": "gelu"}, "epilogue, output"),
+        ({"output": "float16"}, "epilogue, output"),
+        ({"choice": GemmChoice(GemmConfig(64, 16, split=4, swap=True))}, "choice: 64x16_1x1x4_swapped .* at k = 128"),
+        ({"choice": GemmChoice(GemmConfig(128, 256), group=0)}, "choice"),
+        ({"choice": GemmChoice(GemmConfig(64, 16, swap=True)), "capacity": 1 << 24}, "capacity: .* less than 2³¹"),
+    ],
+)
+def test_arguments_that_no_launch_can_have(changes: dict[str, Any], field: str) -> None:
+    arguments = {"n": 128, "k": 128, "capacity": 8, "sms": 132} | changes
+    with pytest.raises(InputError, match=field):
+        GemmKernels([]).product(**arguments)
+
+
+def test_a_choice_needs_a_tile_of_k() -> None:
+    with pytest.raises(InputError, match="k: a GEMM needs k ≥ 64, not 32"):
+        choose(4096, 32, 16, 132)
+
+
+def test_labels_name_configurations_and_nothing_else() -> None:
+    for config in configurations():
+        assert GemmConfig.from_label(config.label) == config
+    for label in ("nonsense", "0x0_0x0x0", "-64x16_1x1x1", "64x16_1x1x1_", "192x128_1x1x1", "128x128_1x1x1_xx"):
+        with pytest.raises(ValueError, match=r".*"):
+            GemmConfig.from_label(label)
 
 
 def test_combinations_that_are_not_compiled() -> None:

@@ -72,7 +72,7 @@ def test_dense_products_have_a_trend_up_to_their_largest_batch() -> None:
 
 
 def measured() -> dict[str, dict[int, float]]:
-    """Seconds of Llama-3-8B's products on the whole GPU by rows, as scripts/tune_gemm.py measured them."""
+    """Microseconds of Llama-3-8B's products on the whole GPU by rows, as scripts/tune_gemm.py measured them."""
     found: dict[str, dict[int, float]] = {}
     for entry in json.loads(TABLE.read_text())["entries"]:
         if entry["model"] == "llama-3-8b" and entry["sms"] == SMS and "us" in entry:
@@ -83,12 +83,12 @@ def measured() -> dict[str, dict[int, float]]:
 def test_the_trend_foretells_batch_sizes_that_were_not_measured_better_than_a_line() -> None:
     errors: dict[bool, list[float]] = {False: [], True: []}
     for name in PRODUCTS:
-        seconds = measured()[name]
-        profile = profile_of({rows: seconds[rows] for rows in KNOTS}, name)
-        between = [rows for rows in seconds if KNOTS[0] < rows < KNOTS[-1] and rows not in KNOTS]
+        us = measured()[name]
+        profile = profile_of({rows: us[rows] for rows in KNOTS}, name)
+        between = [rows for rows in us if KNOTS[0] < rows < KNOTS[-1] and rows not in KNOTS]
         assert len(between) >= 5
         for with_trend in errors:
             profile.trend = gemm_trend(MODEL, profile.solos, SMS) if with_trend else {}
-            errors[with_trend] += [profile.cost(name, rows).seconds / seconds[rows] - 1 for rows in between]
+            errors[with_trend] += [profile.cost(name, rows).seconds / us[rows] - 1 for rows in between]
     assert mean(map(abs, errors[True])) < 0.03 < 0.04 < mean(map(abs, errors[False]))
     assert abs(mean(errors[True])) < 0.01 < 0.03 < -mean(errors[False])  # a line is too optimistic

@@ -14,6 +14,16 @@ from test_bench_scripts import load_script
 from nf.bench import cublas, gemm_cases
 from nf.kernels import gemm
 
+RECORD: dict[str, Any] = {
+    "date": "2026-01-01",
+    "points": [
+        {
+            **{"model": "llama-3-8b", "name": "o", "n": 4096, "k": 4096, "sms": 132, "rows": 512, "cublas": 2e-5},
+            "times": [["128x256_1x1x1", 8, 2e-5]],
+        }
+    ],
+}
+
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -70,9 +80,10 @@ def test_what_an_earlier_record_has_near_the_best_is_tried_again(
 ) -> None:
     n, k = gemm_cases.MODELS["llama-3-8b"]["o"]
     best = gemm.GemmConfig(128, 256, 2, 1, evict="lf").label
-    point = {"n": n, "k": k, "sms": 132, "rows": 2048, "times": [[best, 1, 1e-4], ["128x128_2x1x1", 8, 2e-4]]}
+    point = RECORD["points"][0] | {"n": n, "k": k, "rows": 2048}
+    point["times"] = [[best, 1, 1e-4], ["128x128_2x1x1", 8, 2e-4]]
     earlier = tmp_path / "earlier.json"
-    earlier.write_text(json.dumps({"points": [point]}))
+    earlier.write_text(json.dumps(RECORD | {"points": [point]}))
     options = ["--names", "o", "--rows", "2048", "--previous", str(earlier), "--evict", "lf"]
     (found,) = measured(script, monkeypatch, tmp_path / "b.json", *options)
     assert found["times"][0][:2] == [best, 1]
@@ -88,3 +99,37 @@ def test_of_a_point_measured_twice_the_later_record_counts(script: Any, tmp_path
     for order in (files, files[::-1]):
         (entry,) = script.reduce(order)["entries"]
         assert entry["config"] == "128x256_2x1x1"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "reason"),
+    [
+        ("{", (), "is no record"),
+        ("[]", (), "is no record"),
+        (json.dumps(RECORD | {"date": None}), (), "is no record"),
+        (json.dumps(RECORD).replace("128x256_1x1x1", "nonsense"), (), "is no record"),
+        (json.dumps(RECORD | {"points": []}), (), "leave no point"),
+        (json.dumps(RECORD), ("--only", "128x128_1x1x1"), "leave no point"),
+        (None, (), "No such file"),
+    ],
+)
+def test_what_is_no_record_leaves_the_table_alone(
+    script: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    text: str | None,
+    options: tuple[str, ...],
+    reason: str,
+) -> None:
+    table, file = tmp_path / "table.json", tmp_path / "a.json"
+    table.write_text("the table")
+    monkeypatch.setattr(script, "TABLE", table)
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["tune_gemm", "reduce", str(file), *options])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 1
+    assert reason in capsys.readouterr().err
+    assert table.read_text() == "the table"
