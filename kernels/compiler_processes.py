@@ -93,7 +93,7 @@ class _Process:
             answer = json.loads(running.stdout.readline())
             binary = running.stdout.read(answer["bytes"])
             whole = len(binary) == answer["bytes"]
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, KeyError):  # its end, or what is no answer
             whole = False
         if not whole:
             reason = self._how_it_ended(running)

@@ -26,8 +26,8 @@ examples:
 _KERNELS_DESCRIPTION = """\
 Measure every kernel against a reference in the same run, at steady state: clocks settled, buffers
 larger than the cache, random data, and the card's own energy counter. A score is the kernel's speed
-over the reference's. Takes 3 to 4 minutes, and one more if the kernels have to be compiled first (nf
-compile).
+over the reference's. Takes 3 to 4 minutes, and one more if the kernels have to be compiled first
+(nf compile).
 """
 
 _KERNELS_EXAMPLES = """\
