@@ -11,7 +11,6 @@ from __future__ import annotations
 import concurrent.futures
 import fcntl
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -29,15 +28,17 @@ from nf.kernels.compiler_processes import CompilerProcessError, CompilerProcesse
 from nf.kernels.cubin import Resources, read_resources
 from nf.kernels.source import KernelSource
 from nf.kernels.toolchain import find_linker
-from nf.machine import cpu_cores
+from nf.machine import cpu_cores, package_version
 
 log = logging.getLogger(__name__)
 
 ARCHES = ("sm_90a",)
 SCHEMA = 1  # of the artifact's JSON; raised when its meaning changes
-COMPILERS = {"cute": "nvidia-cutlass-dsl-libs-base", "cuda": "nvidia-cuda-nvrtc"}
-BESIDES = {"cute": ("nvidia-cutlass-dsl-libs-cu13", "cuda-bindings"), "cuda": ("cuda-core", "cuda-pathfinder")}
-"""Packages of a language: the one whose version decides whether an artifact is still right, and what else it takes."""
+PACKAGES = {
+    "cute": ("nvidia-cutlass-dsl-libs-base", "nvidia-cutlass-dsl-libs-cu13", "cuda-bindings"),
+    "cuda": ("nvidia-cuda-nvrtc", "cuda-core", "cuda-pathfinder"),
+}
+"""What a language takes. The first is its compiler, whose version decides whether an artifact is still right."""
 SUFFIX = {"cute": ".so", "cuda": ".cubin"}
 POLL_SECONDS = 0.05  # between looks whether another process is done with a kernel
 
@@ -108,7 +109,7 @@ def compile_kernels(
 def prune(sources: Iterable[KernelSource], arch: str, folder: Path) -> None:
     """Remove from a kernel bundle what it has of other versions, so that it is as large as what it is for."""
     home = folder / arch
-    wanted = {artifact_path(home, source, arch).stem for source in sources}
+    wanted = {artifact_path(home, source, source.digest(arch)).stem for source in sources}
     for record in home.glob("*-????????????.json"):
         if record.stem not in wanted:
             for suffix in (*SUFFIX.values(), ".json"):
@@ -127,16 +128,16 @@ def cached(sources: Iterable[KernelSource], arch: str) -> tuple[Artifact, ...]:
 def missing_compiler(sources: Iterable[KernelSource]) -> str | None:
     """Why ``sources``, which nobody has compiled yet, cannot be: a compiler is not installed. None if they can."""
     needed = {source.language for source in sources}
-    for language in (language for language in COMPILERS if language in needed):
-        for package in (COMPILERS[language], *BESIDES[language]):
-            if _version(package) is None:
+    for language, packages in PACKAGES.items():
+        if language not in needed:
+            continue
+        for package in packages:
+            if package_version(package) is None:
                 return _not_compiled(f"{package} is not installed", "pip install 'nf[cuda]'")
         if language == "cute" and find_linker() is None:
-            own = os.environ.get("CC")
-            why = (
-                f"CC, {own!r}, is no command that is there" if own else "there is no C compiler to link their launchers"
-            )
-            return _not_compiled(why, "set CC to a C compiler" if own else "install gcc, or set CC")
+            if own := os.environ.get("CC"):
+                return _not_compiled(f"CC, {own!r}, is no command that is there", "set CC to a C compiler")
+            return _not_compiled("there is no C compiler to link their launchers", "install gcc, or set CC")
     return None
 
 
@@ -206,30 +207,30 @@ def _compile_locked(home: Path, source: KernelSource, arch: str, compilers: Comp
             binary = compilers.compile(source, arch)
         except CompilerProcessError as error:
             raise CompileError(f"{source.name}: {error}") from error
-        resources = read_resources(binary)
+        resources, digest = read_resources(binary), source.digest(arch)
         record = {
             "schema": SCHEMA,
             "name": source.name,
             "arch": arch,
-            "digest": source.digest(arch),
-            "compiler": _version(COMPILERS[source.language]),
+            "digest": digest,
+            "compiler": package_version(PACKAGES[source.language][0]),
             "sha256": hashlib.sha256(binary).hexdigest(),
             "resources": [resource.to_dict() for resource in resources],
         }
-        path = artifact_path(home, source, arch)
+        path = artifact_path(home, source, digest)
         write_whole(path, binary)
         write_whole(path.with_suffix(".json"), json.dumps(record, indent=1))
         return Artifact(source, path, resources)
 
 
-def artifact_path(home: Path, source: KernelSource, arch: str) -> Path:
-    """Where ``home``, a folder of kernels for ``arch``, has the artifact of this version of ``source``."""
-    return home / f"{source.name}-{source.digest(arch)[:12]}{SUFFIX[source.language]}"
+def artifact_path(home: Path, source: KernelSource, digest: str) -> Path:
+    """Where ``home``, the kernels for an arch, has the artifact of the version of ``source`` with this digest."""
+    return home / f"{source.name}-{digest[:12]}{SUFFIX[source.language]}"
 
 
 def _fresh(home: Path, source: KernelSource, arch: str) -> Artifact | None:
     """The artifact of ``source`` in ``home`` unless the installed compiler is another than the one that made it."""
-    compiler = _version(COMPILERS[source.language])
+    compiler = package_version(PACKAGES[source.language][0])
     return _stored(home, source, arch, lambda record: compiler in (None, record["compiler"]))
 
 
@@ -237,11 +238,12 @@ def _stored(
     home: Path, source: KernelSource, arch: str, accept: Callable[[dict[str, Any]], bool] = lambda _record: True
 ) -> Artifact | None:
     """The artifact of ``source`` in ``home`` if it is whole, of these sources and its record acceptable."""
-    path = artifact_path(home, source, arch)
+    digest = source.digest(arch)
+    path = artifact_path(home, source, digest)
     try:
         binary = path.read_bytes()
         record = json.loads(path.with_suffix(".json").read_bytes())
-        if record["schema"] != SCHEMA or record["digest"] != source.digest(arch) or not accept(record):
+        if record["schema"] != SCHEMA or record["digest"] != digest or not accept(record):
             return None
         if record["sha256"] == hashlib.sha256(binary).hexdigest():
             return Artifact(source, path, tuple(Resources(**values) for values in record["resources"]))
@@ -251,13 +253,6 @@ def _stored(
         pass
     log.warning("%s: damaged, not used", path)
     return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @contextmanager

@@ -38,7 +38,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
     const uint32_t ring = kept(shared_address(shared_memory) + warp * stages * STAGE_BYTES);
     const uint32_t notes = kept(all_notes + warp * stages * sizeof(Note));
     const uint32_t barriers = kept(all_notes + warps * stages * sizeof(Note) + warp * stages * 8);
-    const uint32_t zero = kept(uint32_t(stages) >> 16);  // 0: stages are few. From an argument, as the assembler sees constants
+    // 0, as stages are few; worked out from an argument, because the assembler would see a constant.
+    const uint32_t zero = kept(uint32_t(stages) >> 16);
     if (lane < stages) barrier_init(barriers + 8 * lane, 1);
     barrier_init_fence();
     __syncwarp();

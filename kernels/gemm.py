@@ -292,9 +292,9 @@ class GemmKernels:
         for name, number in (
             ("capacity", capacity),
             ("sms", sms),
-            ("num_experts", 1 if num_experts is None else num_experts),
+            ("num_experts", num_experts),
         ):
-            if number < 1:
+            if number is not None and number < 1:
                 raise InputError(name, f"must be at least 1, not {number}")
         if epilogue not in _COMPILED or output not in _DSL_TYPES:
             raise InputError("epilogue, output", f"there is no {epilogue!r} with {output!r}")
@@ -316,9 +316,7 @@ class GemmKernels:
         name = choice.config.source(epilogue, output, grouped=grouped).name
         if name not in self._loaded:
             self._loaded[name] = self._loader.cute(name)
-        extra_stride = n if epilogue == "residual" else 0
-        takes = (epilogue in ("bias", "residual"), grouped)
-        return Gemm(self._loaded[name], choice, n, k, capacity, sms, extra_stride, num_experts or 1, takes)
+        return Gemm(self._loaded[name], choice, n, k, capacity, sms, epilogue, num_experts)
 
 
 class Gemm:
@@ -332,15 +330,15 @@ class Gemm:
         k: int,
         capacity: int,
         sms: int,
-        extra_stride: int,
-        num_experts: int,
-        takes: tuple[bool, bool],
+        epilogue: Epilogue,
+        num_experts: int | None,
     ) -> None:
         self.choice = choice
-        self._takes_extra, self._takes_experts = takes
+        self._takes_extra, self._takes_experts = epilogue in ("bias", "residual"), num_experts is not None
         self.n, self.k, self.capacity = n, k, capacity
         self._kernel = kernel
-        self._sizes = (capacity, n, k, num_experts, extra_stride, choice.group)
+        extra_stride = n if epilogue == "residual" else 0
+        self._sizes = (capacity, n, k, num_experts or 1, extra_stride, choice.group)
         self._clusters = self._clusters_on(sms)
 
     def launch(
@@ -366,8 +364,10 @@ class Gemm:
             InputError: ``extra`` or ``tile_experts`` is missing.
             LaunchError: the driver refused.
         """
-        if (self._takes_extra and not extra) or (self._takes_experts and not tile_experts):
-            raise InputError("tile_experts" if extra or not self._takes_extra else "extra", "must be given")
+        if self._takes_extra and not extra:
+            raise InputError("extra", "must be given")
+        if self._takes_experts and not tile_experts:
+            raise InputError("tile_experts", "must be given")
         clusters = self._clusters if sms is None else self._clusters_on(sms)
         self._kernel.launch(x, w, y, extra or x, rows, tile_experts or rows, *self._sizes, clusters, stream=stream)
 

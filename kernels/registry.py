@@ -61,7 +61,7 @@ class KernelOrigin:
         if self.problem is not None:
             raise CompileError(self.problem)
         found = {artifact.source: artifact for artifact in self.held}
-        missing = [source for source in dict.fromkeys(self.sources) if source not in found]
+        missing = [source for source in self.sources if source not in found]
         found |= zip(missing, compile_kernels(missing, self.arch), strict=True)
         return [found[source] for source in self.sources]
 

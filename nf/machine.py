@@ -25,7 +25,7 @@ def machine() -> dict[str, Any]:
         "versions": {
             "nf": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in (*PACKAGES, *CUDA_PACKAGES)},
+            **{name: package_version(name) for name in (*PACKAGES, *CUDA_PACKAGES)},
         },
         "platform": platform.platform(),
         "cpu": {"name": _cpu_name(), "cores": cpu_cores(), "memory": _cpu_memory(), "blas": _blas()},
@@ -33,7 +33,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """What is installed of a package; None if it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -272,14 +272,14 @@ def reduce(files: list[Path], only: set[str] | None = None) -> dict[str, Any]:
     """Cover all points with few configurations: repeatedly the one that serves most of the points left within the
     tolerance, then for every point the fastest of those chosen. ``only`` names those there are to choose from."""
     # Of a point measured twice the later record counts; of the same day, the first file named.
-    records = sorted(map(read_record, files), key=lambda record: str(record["date"]), reverse=True)
+    records = sorted(map(read_record, files), key=lambda record: record["date"], reverse=True)
     unique = {_key(point): point for record in reversed(records) for point in record["points"]}
     for point in unique.values():
         point["times"] = [time for time in point["times"] if only is None or time[0] in only]
     with_times = (point for point in unique.values() if point["times"])
     points = sorted(with_times, key=lambda p: (p["model"], p["sms"], p["name"], p["rows"]))
     if not points:
-        raise InputError("only" if only else "files", "leave no point of which there is a time")
+        raise InputError("--only" if only else "files", "leave no point of which there is a time")
     fits = [_fit(point) for point in points]
     chosen: set[str] = set()
     left = list(range(len(points)))
@@ -310,19 +310,21 @@ def read_record(file: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(file.read_text())
-        assert isinstance(record, dict)
-        assert isinstance(record["date"], str)
-        for point in record["points"]:
-            assert {"model", "name", "n", "k", "sms", "rows", "cublas"} <= point.keys()
-            for label, group, seconds in point["times"]:
-                GemmConfig.from_label(label)
-                assert group >= 1
-                assert seconds > 0
+        sound = isinstance(record["date"], str) and all(map(_is_point, record["points"]))
     except OSError as error:
         raise InputError(str(file), error.strerror or "cannot be read") from None
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
-        raise InputError(str(file), "is no record of this script's") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        sound = False
+    if not sound:
+        raise InputError(str(file), "is no record of this script's")
     return record
+
+
+def _is_point(point: dict[str, Any]) -> bool:
+    for label, *_ in point["times"]:
+        GemmConfig.from_label(label)
+    positive = all(group >= 1 and seconds > 0 for _, group, seconds in point["times"])
+    return positive and {"model", "name", "n", "k", "sms", "rows", "cublas"} <= point.keys()
 
 
 def _fit(point: dict[str, Any]) -> set[str]:

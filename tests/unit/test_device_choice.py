@@ -16,7 +16,7 @@ from nf.config import ModelConfig
 from nf.device_choice import choose_device, find_kernels, model_problem
 from nf.errors import InputError
 from nf.kernels import compile as kernel_compile
-from nf.kernels.compile import BESIDES, COMPILERS, SCHEMA, CompileError, artifact_path
+from nf.kernels.compile import PACKAGES, SCHEMA, CompileError, artifact_path
 from nf.kernels.compiler_processes import CompilerProcesses
 from nf.kernels.registry import all_sources
 from nf.kernels.source import KernelSource
@@ -38,7 +38,7 @@ class Machine:
         monkeypatch.setenv("NF_CACHE_DIR", str(tmp_path))
         monkeypatch.delenv("NF_KERNEL_BUNDLE", raising=False)
         monkeypatch.setattr(nf.device_choice, "gpu_devices", self.gpus)
-        monkeypatch.setattr(kernel_compile, "_version", lambda _package: "1.0" if self.has_compilers else None)
+        monkeypatch.setattr(kernel_compile, "package_version", lambda _package: "1.0" if self.has_compilers else None)
         monkeypatch.setattr(nf.device_choice, "import_module", self.module)
 
     def gpus(self) -> tuple[list[dict[str, Any]], str | None]:
@@ -179,8 +179,9 @@ def test_kernels_of_another_version_are_found_out_before_any_work(
 def test_a_missing_compiler_matters_for_its_own_kernels_alone(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    of_cuda = (COMPILERS["cuda"], *BESIDES["cuda"])
-    monkeypatch.setattr(kernel_compile, "_version", lambda package: "1.0" if package in of_cuda else None)
+    monkeypatch.setattr(
+        kernel_compile, "package_version", lambda package: "1.0" if package in PACKAGES["cuda"] else None
+    )
     assert machine.has_compilers
     assert find_kernels().problem is not None
     fill(tmp_path / "kernels", [source for source in all_sources() if source.language == "cute"])
@@ -200,7 +201,7 @@ def fill(folder: Path, sources: list[KernelSource], compiler: str | None = None)
             "sha256": hashlib.sha256(binary).hexdigest(),
             "resources": [],
         }
-        path = artifact_path(home, source, "sm_90a")
+        path = artifact_path(home, source, source.digest("sm_90a"))
         path.write_bytes(binary)
         path.with_suffix(".json").write_text(json.dumps(record))
 
