@@ -1,9 +1,9 @@
 // Decode attention over paged KV: one query token per row, softmax(q·Kᵀ·scale)·V for every query head.
 //
-// Every warp is a worker of its own: it takes spans of the plan (decode_plan.cuh), copies their KV tile by tile into
+// Every warp is a worker of its own: it takes a span of the plan (decode_plan.cuh), copies its KV tile by tile into
 // its ring of stages in shared memory, and refills a stage once its fragments are in registers. So there is
-// nothing to synchronise between warps, and how many warps and stages a CTA has is a matter of launch. What it copies
-// next is decode_walk.cuh's business, what becomes of a tile decode_sums.cuh's.
+// nothing to synchronise between warps. What it copies next is decode_walk.cuh's business, what becomes of a tile
+// decode_sums.cuh's.
 //
 // Both products have the group's query heads as the 8 columns of mma.m16n8k16: Sᵀ (keys × heads) = K·Qᵀ and
 // Oᵀ (head_dim × heads) += Vᵀ·Pᵀ. KV fills the 16 rows, so no tensor-core work is wasted on a group of 8, and each byte
@@ -12,32 +12,30 @@
 // that it shares is left to decode_merge.cu: merging here would need a fence at gpu scope per part, which takes
 // microseconds while the memory system is full.
 //
-// On few SMs a warp's own instructions are what limits it, with one other warp to take turns with. So the output of a tile
+// On few SMs a warp's own instructions are what limits it, with two other warps to take turns with. So the output of a tile
 // is worked out while the next one is waited for and read (as in FlashAttention-3, Shah et al., arXiv 2407.08608), and
 // nine tiles of ten, which need nothing else, go through a loop that has nothing else.
 //
-// Configuration: HEAD_DIM (64, 128), PAGE_SIZE (16, 32, 64), TILE keys per stage.
+// Configuration: HEAD_DIM (64, 128), PAGE_SIZE (16, 32, 64), TILE keys per stage, WARPS of the CTA.
 #include "decode_sums.cuh"
 #include "decode_walk.cuh"
-
-constexpr int MAX_THREADS = 256;
 
 template <bool PLAIN_ONLY>
 struct Tiles {
     static constexpr bool all_plain = PLAIN_ONLY;  // those in the ring, and the next to be copied
 };
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
+extern "C" __global__ void __launch_bounds__(32 * WARPS) decode_attention(
     const char* q, const char* kv, char* out, const int* kv_lens, const int* kv_indptr, const int* kv_indices,
     void* plan_memory, float4* part_out, float4* part_stats, int num_kv_heads, int group, int q_stride,
     int out_stride, int window, int max_spans, int stages, float scale_log2) {
     extern __shared__ __align__(1024) char shared_memory[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // Kept, or they are computed anew for every tile.
-    const uint32_t all_notes = shared_address(shared_memory) + warps * stages * STAGE_BYTES;
+    const uint32_t all_notes = shared_address(shared_memory) + WARPS * stages * STAGE_BYTES;
     const uint32_t ring = kept(shared_address(shared_memory) + warp * stages * STAGE_BYTES);
     const uint32_t notes = kept(all_notes + warp * stages * sizeof(Note));
-    const uint32_t barriers = kept(all_notes + warps * stages * sizeof(Note) + warp * stages * 8);
+    const uint32_t barriers = kept(all_notes + WARPS * stages * sizeof(Note) + warp * stages * 8);
     // 0, as stages are few; worked out from an argument, because the assembler would see a constant.
     const uint32_t zero = kept(uint32_t(stages) >> 16);
     if (lane < stages) barrier_init(barriers + 8 * lane, 1);
@@ -49,14 +47,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
         q, kv, out, kv_lens, kv_indptr, kv_indices, {part_out, part_stats},
         num_kv_heads, group, q_stride, out_stride, window, scale_log2};
     const Plan plan(plan_memory, max_spans);
-    const int worker = warp * gridDim.x + blockIdx.x;
-    if (worker >= max_spans) return;
-    const int4* record = reinterpret_cast<const int4*>(plan.spans + worker);
-    const int4 span_head = record[0], span_tail = record[1];
-    const int spans = plan.header->spans;
-    if (span_head.w == 0 | span_tail.x == 0 | spans == 0) return;  // no span; asked of all three to read them at once
-    Source source{arguments, plan, spans, warps * int(gridDim.x), lane};
-    source.start(worker, span_head, span_tail);
+    Source source{arguments, plan, max_spans, WARPS * int(gridDim.x), lane, warp * int(gridDim.x) + int(blockIdx.x)};
+    if (!source.enter_span()) return;
+    source.read_ahead(true);
 
     // Lane's fragment addresses in stage 0; the step is in the address bits that the swizzle flips.
     const uint32_t k_lane = kept(ring + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16);
@@ -130,7 +123,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
             before = note;
         }
         if ((flags & ~0xFF) != PLAIN) hide_keys(scores, values, flags >> 8 & 0xFF, flags >> 16, lane);
-        sums.make_room(scores, scale_log2);
         sums.weigh(weights, scores, scale_log2);
         __syncwarp();
         if constexpr (ALL_PLAIN) {
@@ -140,11 +132,14 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) decode_attention(
         } else {
             next = read_note(notes + stage * sizeof(Note));
         }
+        sums.make_room(weights, scores, scale_log2);
     };
     while (copying > 0) {
         take_tile(Tiles<false>{});
         if (source.plain >= stages) {
-            while (source.quiet > 0) take_tile(Tiles<true>{});
+            do {
+                while (source.quiet > 0) take_tile(Tiles<true>{});
+            } while (source.turn_pages());
         }
     }
     sums.add(weights, values);

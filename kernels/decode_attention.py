@@ -7,11 +7,11 @@ Shapes (H query heads, G KV heads, d head_dim, T tokens of the dense batch; bf16
 - kv_lens [S], kv_indptr [S + 1], kv_indices [pages]: int32, as in nf.scheduler.batch; a decode row has kv_lens ≥ 1
 - out [T, H·d]
 
-``plan``, once per step and range of rows and shared by all layers, cuts the KV of the rows into spans of equal length;
+``plan``, once per step and range of rows and shared by all layers, cuts the KV of the rows into spans of equal price;
 ``launch`` attends each span (decode_attention.cu) and merges what spans share (decode_merge.cu). All read from device
 memory what varies from step to step, so a captured graph serves every batch.
 
-The spans follow from all rows together, as in stream-K (Osama et al., arXiv 2301.03598): a row's neighbours decide
+Spans follow from all rows together, as in stream-K (Osama et al., arXiv 2301.03598): a row's neighbours decide
 where its KV is cut, and with that its rounding, never more. Cuts at fixed positions would make results independent of
 neighbours to the bit, but leave SMs idle wherever lengths are not multiples of them, and the GEMMs around choose their
 tiles by batch size anyway. For a given batch, results are the same in every run.
@@ -28,7 +28,8 @@ from nf.kernels.source import KernelSource, ParameterKind
 
 NOTE_BYTES = 24  # beside each stage: a note and a barrier
 FEW_SMS = 64
-MIN_SPAN, MAX_SPAN = 128, 2048  # keys: shorter spans cost more than they save, longer ones are handed out in rounds
+MIN_SPAN_BYTES = 65536  # of KV: shorter spans cost more than they save
+ENTRY_BYTES = 32768  # that a warp reads in the time in which it goes from one group to the next
 
 MERGE_WARPS, MERGE_CTAS = 8, 4  # warps per CTA, CTAs per SM
 
@@ -62,9 +63,10 @@ class Ring:
         return self.warps * self.stages * (self.stage_bytes + NOTE_BYTES)
 
 
-# On few SMs each needs as many bytes on their way as possible, its four schedulers an equal number of warps. On many,
-# more bytes than saturate HBM only make everything wait longer.
-ON_FEW_SMS, ON_MANY_SMS = Ring(warps=8, stages=3, stage_bytes=8192), Ring(warps=4, stages=2, stage_bytes=16384)
+# On few SMs each needs as many bytes on their way as possible, in as many rings as registers suffice for, as a warp
+# leaves its own alone while it goes from one group to the next; and its four schedulers an equal number of warps. On
+# many SMs, more bytes than saturate HBM only make everything wait longer.
+ON_FEW_SMS, ON_MANY_SMS = Ring(warps=12, stages=2, stage_bytes=8192), Ring(warps=4, stages=2, stage_bytes=16384)
 
 
 def ring_on(sms: int) -> Ring:
@@ -75,7 +77,7 @@ def ring_on(sms: int) -> Ring:
 def sources() -> list[KernelSource]:
     """The planning and the merging kernel, and attention kernels for each head_dim and page_size."""
     attention = {
-        attention_source(head_dim, page_size, ring.tile_keys(head_dim)): None
+        attention_source(head_dim, page_size, ring): None
         for head_dim in HEAD_DIMS
         for page_size in PAGE_SIZES
         for ring in (ON_FEW_SMS, ON_MANY_SMS)
@@ -105,9 +107,10 @@ def merge_source() -> KernelSource:
     )
 
 
-def attention_source(head_dim: int, page_size: int, tile_keys: int) -> KernelSource:
+def attention_source(head_dim: int, page_size: int, ring: Ring) -> KernelSource:
+    tile = ring.tile_keys(head_dim)
     return KernelSource(
-        name=f"decode_attention_d{head_dim}_p{page_size}_t{tile_keys}",
+        name=f"decode_attention_d{head_dim}_p{page_size}_t{tile}_w{ring.warps}",
         language="cuda",
         files=(
             *("decode_attention.cu", "decode_sums.cuh", "decode_walk.cuh", "decode_shared.cuh", "decode_plan.cuh"),
@@ -115,7 +118,7 @@ def attention_source(head_dim: int, page_size: int, tile_keys: int) -> KernelSou
         ),
         parameters=_ATTENTION_PARAMETERS,
         entry="decode_attention",
-        config=(("HEAD_DIM", head_dim), ("PAGE_SIZE", page_size), ("TILE", tile_keys)),
+        config=(("HEAD_DIM", head_dim), ("PAGE_SIZE", page_size), ("TILE", tile), ("WARPS", ring.warps)),
     )
 
 
@@ -158,7 +161,7 @@ class DecodeAttention:
 
     def _load(self, loader: KernelLoader, ring: Ring) -> CudaKernel:
         shape = self.shape
-        source = attention_source(shape.head_dim, shape.page_size, ring.tile_keys(shape.head_dim))
+        source = attention_source(shape.head_dim, shape.page_size, ring)
         return loader.cuda(source.name, shared_bytes=ring.shared_bytes)
 
     def plan(
@@ -180,10 +183,10 @@ class DecodeAttention:
             workspace: device pointer, see ``DecodeShape.workspace_bytes``.
         """
         shape, ring = self.shape, ring_on(sms)
-        tile = ring.tile_keys(shape.head_dim)
         self._plan.launch(
-            kv_lens, kv_indptr, num_decode, workspace, start, stop, shape.num_kv_heads, tile, shape.head_dim // 16,
-            shape.window or 0, ring.warps * sms, MIN_SPAN // tile, MAX_SPAN // tile, self.max_spans,
+            kv_lens, kv_indptr, num_decode, workspace, start, stop, shape.num_kv_heads, ring.tile_keys(shape.head_dim),
+            shape.head_dim // 16, shape.window or 0, min(ring.warps * sms, self.max_spans),
+            MIN_SPAN_BYTES // ring.stage_bytes, ENTRY_BYTES // ring.stage_bytes, self.max_spans,
             grid=1, block=1024, stream=stream,
         )  # fmt: skip
 

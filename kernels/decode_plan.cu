@@ -1,8 +1,9 @@
-// Cuts the decode rows of a range into spans of equal length, once per step; see decode_plan.cuh. One CTA.
+// Cuts the decode rows of a range into spans of equal price, once per step; see decode_plan.cuh. One CTA.
 //
-// Spans are equal to within a tile, so that bandwidth is shared out evenly whatever the lengths are. There are as many
-// as workers (warps), or a multiple when each worker has much to do: then a worker that starts late leaves spans to the
-// others. A short line is cut into fewer: below `min_tiles` a span costs more than it saves.
+// A tile costs 1, and entering a group `entry_tiles` more, which come before the group's first tile. Spans are equal to
+// within 1, so that workers (warps) end together whatever the lengths are: without the latter, those that have the short
+// rows would be last. There are as many spans as workers; of a short line fewer: below `min_tiles` one costs more than
+// it saves.
 //
 // Configuration: THREADS of the CTA, 1024 (a warp sums up the sums of all warps).
 #include "decode_plan.cuh"
@@ -18,6 +19,10 @@ __device__ __forceinline__ Row read_row(const int* kv_lens, int row, int stop, i
     const int kv_len = kv_lens[row];
     const int first = first_key(kv_len, window) / tile_keys;
     return {kv_len, first, (kv_len + tile_keys - 1) / tile_keys - first};
+}
+
+__device__ __forceinline__ int group_price(const Row& row, int entry_tiles) {
+    return row.tiles ? row.tiles + entry_tiles : 0;
 }
 
 __device__ __forceinline__ int warp_inclusive_sum(int value, int lane) {
@@ -42,14 +47,6 @@ __device__ __forceinline__ int inclusive_sum(int value, int* warp_sums, int* tot
     return in_warp + (warp ? before : 0);
 }
 
-__device__ __forceinline__ int count_spans(int tiles, int workers, int min_tiles, int max_tiles, int max_spans) {
-    if (tiles == 0) return 0;
-    workers = min(workers, max_spans);
-    if (tiles < workers * min_tiles) return max(1, tiles / min_tiles);
-    const int rounds = min(tiles / workers / max_tiles, max_spans / workers);
-    return workers * max(1, rounds);
-}
-
 // The last of `count` ascending values that is not above `value`; the first is not.
 __device__ __forceinline__ int last_not_above(const int* values, int count, int value) {
     int low = 0;
@@ -66,28 +63,31 @@ __device__ __forceinline__ int last_not_above(const int* values, int count, int 
 
 extern "C" __global__ void __launch_bounds__(THREADS) decode_plan(
     const int* kv_lens, const int* kv_indptr, const int* num_decode, void* plan_memory, int first_row, int last_row,
-    int num_kv_heads, int tile_keys, int column_blocks, int window, int workers, int min_tiles,
-    int max_tiles, int max_spans) {
+    int num_kv_heads, int tile_keys, int column_blocks, int window, int workers, int min_tiles, int entry_tiles,
+    int max_spans) {
     __shared__ int warp_sums[WARPS], merges;
-    __shared__ int row_begin[THREADS + 1];  // place on the line of each row of the chunk at hand
+    __shared__ int row_begin[THREADS + 1];  // what all before each row of the chunk at hand costs
     const Plan plan(plan_memory, max_spans);
     const int stop = min(last_row, *num_decode);
 
     if (threadIdx.x == 0) merges = 0;  // seen by all after the sums below
-    int tiles = 0, sum;
+    int price = 0, sum;
     for (int row = first_row; row < stop; row += THREADS) {
-        inclusive_sum(read_row(kv_lens, row + threadIdx.x, stop, tile_keys, window).tiles, warp_sums, &sum);
-        tiles += sum;
+        const Row own = read_row(kv_lens, row + threadIdx.x, stop, tile_keys, window);
+        inclusive_sum(group_price(own, entry_tiles), warp_sums, &sum);
+        price += sum;
     }
-    tiles *= num_kv_heads;
-    const int spans = count_spans(tiles, workers, min_tiles, max_tiles, max_spans);
-    const Cut cut = spans ? Cut{spans, tiles / spans, tiles % spans} : Cut{0, 0, 0};
+    price *= num_kv_heads;
+    const int row_entries = entry_tiles * num_kv_heads;
+    const int tiles = price - row_entries * max(0, stop - first_row);
+    const int spans = tiles ? max(1, min(workers, tiles / min_tiles)) : 0;
+    const Cut cut = spans ? Cut{spans, price / spans, price % spans} : Cut{0, 0, 0};
 
     for (int span = spans + threadIdx.x; span < max_spans; span += THREADS) plan.spans[span] = {};
 
     int begin = 0;
     for (int chunk = first_row; chunk < stop; chunk += THREADS) {
-        const int own = read_row(kv_lens, chunk + threadIdx.x, stop, tile_keys, window).tiles;
+        const int own = group_price(read_row(kv_lens, chunk + threadIdx.x, stop, tile_keys, window), entry_tiles);
         row_begin[threadIdx.x + 1] = begin + inclusive_sum(own, warp_sums, &sum) * num_kv_heads;
         if (threadIdx.x == 0) row_begin[0] = begin;
         begin += sum * num_kv_heads;
@@ -98,12 +98,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_plan(
         for (span += threadIdx.x; span < spans && cut.begin(span) < begin; span += THREADS) {
             const int place = cut.begin(span), i = last_not_above(row_begin, min(THREADS, stop - chunk), place);
             const Row row = read_row(kv_lens, chunk + i, stop, tile_keys, window);
-            const int head = (place - row_begin[i]) / row.tiles, group_begin = row_begin[i] + head * row.tiles;
-            const int tile = row.first_tile + place - group_begin, length = cut.begin(span + 1) - place;
-            plan.spans[span] = {chunk + i, head, tile, length, row.kv_len, kv_indptr[chunk + i], {}};
-            if (place == group_begin || cut.span_of(group_begin) != span - 1) continue;
+            const int in_row = place - row_begin[i], group = group_price(row, entry_tiles), head = in_row / group;
+            const int taken = max(0, in_row - head * group - entry_tiles);  // of this group, by spans before
+            const int place_of_tiles = row_begin[i] - row_entries * (chunk + i - first_row) + head * row.tiles + taken;
+            plan.spans[span] = {
+                chunk + i, head, row.first_tile + taken, 0, row.kv_len, kv_indptr[chunk + i], place_of_tiles, 0};
+            const int first_tile = row_begin[i] + head * group + entry_tiles;
+            if (taken == 0 || cut.span_of(first_tile) != span - 1) continue;
             // The first cut inside this group.
-            const int last = cut.span_of(group_begin + row.tiles - 1);
+            const int last = cut.span_of(first_tile + row.tiles - 1);
             const bool few = last - (span - 1) < FEW_PARTS;
             const int count = few ? 1 : column_blocks, index = atomicAdd(&merges, count);
             for (int j = 0; j < count; ++j) {
@@ -112,5 +115,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_plan(
         }
         __syncthreads();
     }
-    if (threadIdx.x == 0) *plan.header = {spans, merges, 0, {}};
+    for (int span = threadIdx.x; span < spans; span += THREADS) {
+        const int end = span + 1 < spans ? plan.spans[span + 1].place : tiles;
+        plan.spans[span].tiles = end - plan.spans[span].place;
+    }
+    if (threadIdx.x == 0) *plan.header = {merges, {}};
 }

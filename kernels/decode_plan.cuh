@@ -12,7 +12,8 @@ constexpr float NEGATIVE_INFINITY = __builtin_bit_cast(float, 0xFF800000u);
 struct __align__(16) Span {
     int row, head, tile, tiles;  // its first tile, numbered from the row's position 0, and how many tiles it has
     int kv_len, page_begin;      // of the row: kv_lens[row], kv_indptr[row]
-    int unused[2];
+    int place;                   // of its first tile on the line
+    int unused;
 };
 
 // Merge the parts of a group that spans first … last have.
@@ -25,24 +26,22 @@ struct __align__(16) Merge {
 constexpr int ALL_COLUMNS = -1;
 constexpr int FEW_PARTS = 8;  // as many as a warp merges at once
 
-// The line cut into spans of `tiles` tiles, but for the first `longer` spans, which have one more.
+// The line, priced, cut into spans of `price`, but for the first `longer` spans, which have 1 more.
 struct Cut {
-    int spans, tiles, longer;
+    int spans, price, longer;
 
-    __device__ __forceinline__ int begin(int span) const { return span * tiles + min(span, longer); }
+    __device__ __forceinline__ int begin(int span) const { return span * price + min(span, longer); }
 
-    // The span that holds this place on the line.
+    // The span that holds this place on the priced line.
     __device__ __forceinline__ int span_of(int place) const {
-        const int in_longer = longer * (tiles + 1);
-        return place < in_longer ? place / (tiles + 1) : longer + (place - in_longer) / tiles;
+        const int in_longer = longer * (price + 1);
+        return place < in_longer ? place / (price + 1) : longer + (place - in_longer) / price;
     }
 };
 
 struct __align__(16) PlanHeader {
-    int spans;
     int merges;
-    int tickets;  // drawn by warps that look for their next span; zero between launches
-    int unused[5];
+    int unused[7];
 };
 
 // The plan in memory: header, spans (those beyond the last are empty), merges (no more than spans: a group in n parts

@@ -92,8 +92,18 @@ struct Accumulator {
         }
     }
 
-    // Raise the exponents if scores exceed them by far; before the scores are weighed.
-    __device__ __forceinline__ void make_room(const Scores& scores, float scale_log2) {
+    // Softmax weights of a tile's scores, relative to the exponents so far.
+    __device__ __forceinline__ void weigh(Weights& weights, const Scores& scores, float scale_log2) const {
+#pragma unroll
+        for (int i = 0; i < SUBTILES; ++i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) weights[i][e] = exp2_approximate(scores[i][e] * scale_log2 - top[e % 2]);
+        }
+    }
+
+    // Raise the exponents if scores exceed them by far, and weigh these again. That is rare, so they are not waited for
+    // to be compared.
+    __device__ __forceinline__ void make_room(Weights& weights, const Scores& scores, float scale_log2) {
         float top0 = scores[0][0], top1 = scores[0][1];
 #pragma unroll
         for (int i = 0; i < SUBTILES; ++i) {
@@ -103,15 +113,7 @@ struct Accumulator {
         top0 *= scale_log2, top1 *= scale_log2;
         if (__any_sync(ALL, top0 > top[0] + RAISE || top1 > top[1] + RAISE)) {
             raise(fmaxf(top[0], max_for_heads(top0)), fmaxf(top[1], max_for_heads(top1)));
-        }
-    }
-
-    // Softmax weights of a tile's scores, once there is room for them.
-    __device__ __forceinline__ void weigh(Weights& weights, const Scores& scores, float scale_log2) const {
-#pragma unroll
-        for (int i = 0; i < SUBTILES; ++i) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) weights[i][e] = exp2_approximate(scores[i][e] * scale_log2 - top[e % 2]);
+            weigh(weights, scores, scale_log2);
         }
     }
 

@@ -60,14 +60,6 @@ __device__ __forceinline__ uint32_t load_early(const uint32_t* from) {
     return value;
 }
 
-// Counts to `last`, then from zero again. (An add would be waited for: the compiler makes one of those of all lanes.)
-__device__ __forceinline__ void count_if(bool wanted, int& before, int* counter, int last) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\n@p atom.global.inc.u32 %0, [%1], %2;\n}\n"
-                 : "+r"(before)
-                 : "l"(counter), "r"(last), "r"(int(wanted))
-                 : "memory");
-}
-
 __device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 

@@ -21,12 +21,6 @@ inline uint32_t load_early(const uint32_t* from) {
     emulator::check_read(from, 4);
     return *from;
 }
-inline void count_if(bool wanted, int& before, int* counter, int last) {
-    if (!wanted) return;
-    emulator::may_yield();
-    before = *counter;
-    *counter = before >= last ? 0 : before + 1;
-}
 
 inline float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 inline float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xFFFF0000u); }

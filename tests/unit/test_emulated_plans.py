@@ -13,7 +13,7 @@ from emulated_kernel import EmulatedKernel, EmulatedLoader, int32, pointer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nf.kernels.decode_attention import DecodeAttention, DecodeShape, plan_source, ring_on
+from nf.kernels.decode_attention import ENTRY_BYTES, DecodeAttention, DecodeShape, plan_source, ring_on
 from nf.kernels.prefill_attention import PrefillAttention, sources
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, SMS = 8, 2, 128, 16, 132
@@ -63,7 +63,7 @@ def test_decode_plan(
         workspace=pointer(workspace), start=first, stop=len(kv_lens) + others, sms=sms, stream=0,
     )  # fmt: skip
     most = attention.max_spans
-    (count, merge_count, tickets), records = workspace[:3].tolist(), workspace[8:].reshape(-1, 8)
+    merge_count, records = int(workspace[0]), workspace[8:].reshape(-1, 8)
     spans, merges = records[:most], records[most : most + merge_count]
     tile_keys = ring_on(sms).tile_keys(HEAD_DIM)
 
@@ -73,14 +73,19 @@ def test_decode_plan(
 
     rows = range(first, len(kv_lens))
     line = [(row, head, tile) for row in rows for head in range(KV_HEADS) for tile in tiles_of(kv_lens[row])]
-    assert tickets == 0
-    assert count <= most
+    count = np.count_nonzero(spans[:, 3])
     assert not spans[count:].any()
     lengths = spans[:count, 3]
     assert lengths.sum() == len(line)
-    if line:
-        assert lengths.max() - lengths.min() <= 1
-        assert lengths.min() >= 1
+    # A span begins at the first tile whose group is not entered yet, or that is not taken yet, when its share begins.
+    entry = ENTRY_BYTES // ring_on(sms).stage_bytes
+    priced = [
+        place
+        for place, (row, _, tile) in enumerate(line)
+        for _ in range(1 + entry * (tile == tiles_of(kv_lens[row])[0]))
+    ]
+    begins = [int(share[0]) for share in np.array_split(priced, count)] if line else []
+    assert lengths.tolist() == np.diff([*begins, len(line)]).tolist()
     parts = defaultdict(list)
     for i, (begin, end) in enumerate(pairwise(indptr(lengths.tolist()))):
         row, head, tile, _, kv_len, page_begin = spans[i, :6].tolist()

@@ -84,7 +84,7 @@ def test_a_bundle_has_the_tiles_of_every_ring(script: Any) -> None:
     shipped = {source.name for source in decode_attention.sources()}
     assert shipped < set(names)
     for ring in script.RINGS:
-        assert f"decode_attention_d128_p16_t{ring.tile_keys(128)}" in names
+        assert f"decode_attention_d128_p16_t{ring.tile_keys(128)}_w{ring.warps}" in names
         assert ring.shared_bytes <= 227 * 1024
     assert script.RINGS[0] == decode_attention.ON_FEW_SMS
     assert "mixtral-8x7b" not in script.models()
@@ -136,7 +136,7 @@ def test_an_unknown_ring_is_refused(
     monkeypatch.setattr(sys, "argv", ["tune_decode", "measure", "--out", str(tmp_path / "x.json"), "--ring", "9x9x9"])
     with pytest.raises(SystemExit):
         script.main()
-    assert "must be one of 8x3x8, 7x4x8, 6x4x8, 7x2x16, 6x2x16, not '9x9x9'" in capsys.readouterr().err
+    assert "must be one of 12x2x8, 8x3x8, 7x4x8, 6x4x8, 7x2x16, 6x2x16, not '9x9x9'" in capsys.readouterr().err
 
 
 def test_without_a_gpu_nothing_is_measured(
