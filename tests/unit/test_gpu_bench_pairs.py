@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from gpu_bench_double import CAPTURED, KERNEL_SECONDS, PACE, Graph, bench, install
+from gpu_bench_double import CAPTURED, KERNEL_SECONDS, PACE, Event, Graph, Time, bench, install
 
 from nf.planning import gpu_bench
 
@@ -88,6 +88,41 @@ def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = 0.01 + gpu_bench.WARM_SECONDS + gpu_bench.PATIENCE_SECONDS
     assert other.ends[-1] - other.ends[0] == pytest.approx(taken, abs=gpu_bench.AHEAD_SECONDS + 5e-3)
     assert pair.first.seconds > 100 * KERNEL_SECONDS
+
+
+@pytest.mark.parametrize("often", [1, 2])
+def test_what_is_timed_while_the_host_is_held_up_is_timed_again(often: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay seems to take long if the host only comes to note its end much later."""
+    own, replay, record, waiting = bench(), gpu_bench._replay, Event.record, list[int]()
+
+    def replay_held_up(*values: Any) -> Any:
+        nonlocal often
+        if often > 0:
+            often -= 1
+            waiting.append(5)
+        return replay(*values)
+
+    def record_late(event: Event, stream: int) -> None:
+        if waiting:
+            waiting[0] -= 1
+            if waiting[0] == 0:
+                waiting.clear()
+                Time.now += 0.3
+        record(event, stream)
+
+    monkeypatch.setattr(gpu_bench, "_replay", replay_held_up)
+    monkeypatch.setattr(Event, "record", record_late)
+    assert own.solo(("o_proj", 32, "all", 0)).seconds == pytest.approx(KERNEL_SECONDS)
+    assert (often, waiting) == (0, [])
+    own.close()
+
+
+def test_a_host_that_is_always_held_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, replays, replay = bench(), [], gpu_bench._replay
+    monkeypatch.setattr(gpu_bench, "_replay", lambda *values: replays.append(1) or (*replay(*values)[:2], 0.3))
+    assert own.solo(("o_proj", 32, "all", 0)).seconds > 0
+    assert len(replays) == gpu_bench.TRIES
+    own.close()
 
 
 def test_a_side_that_gets_nowhere_is_slow_not_as_fast_as_alone() -> None:
