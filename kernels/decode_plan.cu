@@ -1,9 +1,9 @@
 // Cuts the decode rows of a range into spans of equal price, once per step; see decode_plan.cuh. One CTA.
 //
-// A tile costs 1, and entering a group `entry_tiles` more, which come before the group's first tile. Spans are equal to
-// within 1, so that workers (warps) end together whatever the lengths are: without the latter, those that have the short
-// rows would be last. There are as many spans as workers; of a short line fewer: below `min_tiles` one costs more than
-// it saves.
+// A tile costs 1, and entering a group `entry_tiles`, which come before the group's first tile. Spans are equal to within
+// 1, so that workers (warps) end together whatever the lengths are; if entering cost nothing here, those that have the
+// short rows would be last. There are as many spans as workers; of a short line fewer: below `min_tiles` one costs more
+// than it saves.
 //
 // Configuration: THREADS of the CTA, 1024 (a warp sums up the sums of all warps).
 #include "decode_plan.cuh"

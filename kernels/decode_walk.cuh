@@ -16,7 +16,8 @@
 // - When a segment is entered, its queries are read, to be there when its first tile is. There is room for those of one:
 //   where segments are so short that the last one's are still waiting, the consumer reads them itself (no HAS_Q).
 //
-// A worker has one span. On fewer SMs than the plan is for, it takes every so many'th, and waits for each when it begins.
+// A worker has one span. On fewer SMs than were planned for it goes on to the one that many workers further on, which it
+// waits for.
 struct Source {
     const Arguments& arguments;
     const Plan& plan;

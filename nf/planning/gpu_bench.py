@@ -294,8 +294,10 @@ class GpuBench:
     # ---- time and power ----
 
     def _steady(self, sides: list[_Side]) -> tuple[list[float], float]:
-        """Seconds per call of each side while all of them run, and the card's power meanwhile; frees the graphs. Measured
-        again where the host was held up for as long as what is enqueued lasts."""
+        """Seconds per call of each side while all of them run, and the card's power meanwhile; frees the graphs.
+
+        Measured again where the host was held up for longer than what is enqueued lasts.
+        """
         with ExitStack() as undo:
             for side in sides:
                 undo.callback(side.graph.free)

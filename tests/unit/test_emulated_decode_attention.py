@@ -68,21 +68,21 @@ class Rows:
             cache[own] = padded.reshape(*kv.shape[:2], pages[i], shape.page_size, -1).transpose(2, 0, 1, 3, 4)
         self.cache = aligned(swizzled(cache))
 
-    def attend(self, kernels: dict[str, EmulatedKernel], sms: int, launches: int, copies: Copies) -> Any:
-        """Outputs of the last of several launches after one plan."""
+    def attend(self, kernels: dict[str, EmulatedKernel], sms: int, launches: int, copies: Copies, planned: int) -> Any:
+        """Outputs of the last of several launches after one plan, which is for ``planned`` SMs."""
         shape = self.shape
         workspace = aligned(np.full(shape.workspace_bytes(SMS), 0xAB, np.uint8))
         readable = (self.q, self.cache, self.lens, self.indptr, self.indices, workspace)
         loader: Any = EmulatedLoader(kernels, readable=readable, seed=self.seed, copies=copies)
         attention, count = DecodeAttention(loader, shape, sms=SMS), int32([len(self.kv_lens)])
         table: dict[str, Any] = {"kv_lens": pointer(self.lens), "kv_indptr": pointer(self.indptr)}
-        on: dict[str, Any] = {"workspace": pointer(workspace), "sms": sms, "stream": 0}
-        attention.plan(**table, num_decode=pointer(count), start=0, stop=len(self.lens), **on)
+        on: dict[str, Any] = {"workspace": pointer(workspace), "stream": 0}
+        attention.plan(**table, num_decode=pointer(count), start=0, stop=len(self.lens), sms=planned, **on)
         for _ in range(launches):
             out = aligned(np.full((len(self.lens), shape.num_heads * shape.head_dim), np.nan, bfloat16))
             attention.launch(
                 q=pointer(self.q), q_stride=self.q.shape[1], kv=pointer(self.cache), out=pointer(out), **table,
-                kv_indices=pointer(self.indices), **on,
+                kv_indices=pointer(self.indices), sms=sms, **on,
             )  # fmt: skip
         return out.astype(np.float64)
 
@@ -103,9 +103,10 @@ class Rows:
     window=st.none() | st.integers(1, 300),
     seed=st.integers(0, 1 << 20),
     copies=st.sampled_from(Copies),
+    planned=st.sampled_from([1, 2, 3]),
 )
-@example(kv_lens=[2800] * 9, group=4, window=None, seed=0, copies=Copies.BY_CHANCE)  # on one SM three spans a warp
-@example(kv_lens=[5000, *[1] * 40], group=8, window=None, seed=1, copies=Copies.LATE)
+@example(kv_lens=[2800] * 9, group=4, window=None, seed=0, copies=Copies.BY_CHANCE, planned=3)  # three spans a warp
+@example(kv_lens=[5000, *[1] * 40], group=8, window=None, seed=1, copies=Copies.LATE, planned=1)
 def test_every_key_counts_once(
     kernels: dict[str, EmulatedKernel],
     case: tuple[int, int, int],
@@ -114,10 +115,12 @@ def test_every_key_counts_once(
     window: int | None,
     seed: int,
     copies: Copies,
+    planned: int,
 ) -> None:
+    """Planned for as many SMs as there are, or a few times as many."""
     head_dim, page_size, sms = case
     rows = Rows(kv_lens, DecodeShape(2 * group, 2, head_dim, page_size, window=window), seed)
-    out = rows.attend(kernels, sms, launches=2, copies=copies)
+    out = rows.attend(kernels, sms, launches=2, copies=copies, planned=min(SMS, sms * planned))
     for row in range(len(kv_lens)):
         expected = rows.expected(row)
         assert np.linalg.norm(out[row] - expected) < RELATIVE_ERROR * np.linalg.norm(expected), (row, kv_lens[row])
@@ -131,4 +134,6 @@ def test_a_copy_that_may_overtake_reads_is_found(
     source = attention_source(64, 16, ring_on(1))
     disordered = kernels | {source.name: EmulatedKernel(source, tmp_path, without=order)}
     with pytest.raises(AssertionError, match="may overtake a read"):
-        Rows([2800], DecodeShape(4, 1, 64, 16), seed=0).attend(disordered, 1, launches=1, copies=Copies.BY_CHANCE)
+        Rows([2800], DecodeShape(4, 1, 64, 16), seed=0).attend(
+            disordered, 1, launches=1, copies=Copies.BY_CHANCE, planned=1
+        )
