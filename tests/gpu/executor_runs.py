@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 from executor_cases import reference_logits, sampling_batch
-from gpu_runs import MAX_LEN, SLOTS, model_for_gpu, relative_error, weights_for_gpu
+from gpu_runs import MAX_LEN, SLOTS, model_for_gpu, relative_errors, weights_for_gpu
 
 from nf.executors.gpu import GpuExecutor
 from nf.scheduler.batch import Batch, SamplingBatch
 
-ERROR = 2e-2  # relative, of the logits of a position: bf16 against float64
+ERROR, MEAN_ERROR = 3e-2, 1.2e-2  # relative, of a position's logits, and of all on average: bf16 against float64
+"""Simulated in bfloat16, with weights of attention that are rounded at random places, the worst of 600 positions of a
+model is .006 to .025 away, one run's from another's .007 to .020, and all on average .0047 to .0097."""
 DENSE = 300  # more than the largest graph of a smaller size, so that large batches run the plan itself
 MODEL = model_for_gpu()
 WEIGHTS = weights_for_gpu(MODEL, 0)
@@ -29,8 +31,9 @@ def random_ids(seed: int) -> dict[int, list[int]]:
 
 
 def check_logits(found: dict[int, np.ndarray], sequences: dict[int, list[int]], model=MODEL, weights=WEIGHTS) -> None:
-    for slot, ids in sequences.items():
-        assert relative_error(found[slot], reference_logits(model, weights, ids)) <= ERROR
+    errors = [relative_errors(found[i], reference_logits(model, weights, ids)) for i, ids in sequences.items()]
+    assert np.concatenate(errors).max() <= ERROR
+    assert np.concatenate(errors).mean() <= MEAN_ERROR
 
 
 def last_logits(ids: list[int], weights=WEIGHTS) -> np.ndarray:

@@ -126,7 +126,12 @@ def maker(page_size: int = PAGE, num_pages: int = SIZES["num_pages"], seed: int 
     return BatchMaker(page_size, num_pages, -(-MAX_LEN // page_size), np.random.default_rng(seed))
 
 
+def relative_errors(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Of each row |found − expected| / |expected|, Euclidean; NaN counts as infinite."""
+    errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    return np.nan_to_num(errors, nan=np.inf)
+
+
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest of any row: |found − expected| / |expected|, Euclidean; NaN counts as infinite."""
-    error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-    return float(np.nan_to_num(error, nan=np.inf).max(initial=0.0))
+    """The largest of any row."""
+    return float(relative_errors(found, expected).max(initial=0.0))
