@@ -39,7 +39,7 @@ def resolve_model(name: str, *, config_only: bool = False) -> Path:
     if os.path.exists(path):
         raise ModelError(name, "is a file; a model is a directory with config.json, tokenizer.json and safetensors")
     if not _HUB_NAME.fullmatch(name):
-        raise ModelError(name, f"is neither a directory, a hub name like org/name, nor {BUNDLED_MODEL!r}")
+        raise ModelError(name or "model", f"is neither a directory, a hub name like org/name, nor {BUNDLED_MODEL!r}")
     return _download(name, CONFIG_PATTERNS if config_only else ALLOW_PATTERNS)
 
 

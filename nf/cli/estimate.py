@@ -85,7 +85,7 @@ def model_config(name: str) -> ModelConfig:
 
     if name in SHAPES and not Path(name).is_dir():
         return SHAPES[name]
-    if name != BUNDLED_MODEL and "/" not in name and not Path(name).exists():
+    if name != BUNDLED_MODEL and "/" not in name and not (name and Path(name).exists()):
         known = ", ".join(SHAPES)
         raise ModelError("MODEL", f"must be a directory, a hub name like org/name or one of {known}, not {shown(name)}")
     return read_config(resolve_model(name, config_only=True))

@@ -113,6 +113,7 @@ def test_a_difference_is_more_than_five_per_cent_and_than_rounding(
     ("argv", "message"),
     [
         (["gpt-2", "--gpu", "h200"], r"^MODEL: must be a directory, a hub name like org/name or one of llama-3-8b, "),
+        (["", "--gpu", "h200"], r"^MODEL: must be a directory, .*, not ''$"),
         (["llama-3-8b", "--gpu", "a100"], r"^--gpu: .*not 'a100'; did you mean a100-40gb or a100-80gb\?$"),
         (["llama-3-8b", "--gpu", "h200", "--tp", "3"], r"^--tp: must be one of 1, 2, 4, 8, "),
         (["llama-3-8b", "--gpu", "h200", "--input-len", "0"], r"^--input-len: must be at least 1"),
