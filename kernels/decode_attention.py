@@ -29,7 +29,7 @@ from nf.kernels.source import KernelSource, ParameterKind
 NOTE_BYTES = 24  # beside each stage: a note and a barrier
 FEW_SMS = 64
 MIN_SPAN_BYTES = 65536  # of KV: shorter spans cost more than they save
-ENTRY_BYTES = 32768  # that a warp reads in the time in which it goes from one group to the next
+ENTRY_BYTES = 32768  # that a warp could read while it goes to its next group; below the former, or spans could be empty
 
 MERGE_WARPS, MERGE_CTAS = 8, 4  # warps per CTA, CTAs per SM
 
@@ -129,7 +129,7 @@ class DecodeShape(PagedShape):
     window: int | None = None  # a token sees itself and the window − 1 positions before
 
     def max_spans(self, sms: int) -> int:
-        """One per warp of the widest launch on up to ``sms`` multiprocessors; launches on few hand out several."""
+        """One per warp of the widest launch on up to ``sms`` multiprocessors."""
         return max(sms * ring_on(sms).warps, min(sms, FEW_SMS) * ON_FEW_SMS.warps)
 
     def workspace_bytes(self, sms: int) -> int:

@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_plan(
     }
     price *= num_kv_heads;
     const int row_entries = entry_tiles * num_kv_heads;
-    const int tiles = price - row_entries * max(0, stop - first_row);
+    const int tiles = price - row_entries * max(0, stop - first_row);  // a decode row has a key at least
     const int spans = tiles ? max(1, min(workers, tiles / min_tiles)) : 0;
     const Cut cut = spans ? Cut{spans, price / spans, price % spans} : Cut{0, 0, 0};
 

@@ -47,13 +47,6 @@ __device__ __forceinline__ void read_if(bool wanted, Word& value, const Word* fr
                  : "memory");
 }
 
-__device__ __forceinline__ void read_if(bool wanted, int4& value, const int4* from) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
-                 : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)
-                 : "l"(from), "r"(int(wanted))
-                 : "memory");
-}
-
 __device__ __forceinline__ uint32_t load_early(const uint32_t* from) {
     uint32_t value;
     asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(from));

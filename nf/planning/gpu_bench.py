@@ -281,7 +281,12 @@ class GpuBench:
         if times <= 1:
             return trial
         trial.graph.free()
-        return _Side(captured(times), len(steps) * times, origin, trial.seconds * times)
+        graph = captured(times)
+        with ExitStack() as undo:
+            undo.callback(graph.free)
+            graph.upload(origin.handle)
+            undo.pop_all()
+        return _Side(graph, len(steps) * times, origin, trial.seconds * times)
 
     def _layers_for(self, tokens: int, sms: Sms) -> Layers:
         key = tokens, sms
@@ -310,11 +315,11 @@ class GpuBench:
     def _try(self, sides: list[_Side]) -> tuple[float, list[float], float]:
         """The longest time that the host was held up for, and what was found: the GPU may have waited for the host."""
         with ExitStack() as undo:
-            for side in sides:  # before their events are freed, whatever happens
+            for side in sides:  # before the graphs are freed, whatever happens
                 undo.callback(side.origin.synchronize)
             with PowerMeter(0) as meter:
                 began = time.perf_counter()
-                start, ends, held_up = _replay(sides, began + WARM_SECONDS + self._run_seconds, undo)
+                start, ends, held_up = _replay(sides, WARM_SECONDS + self._run_seconds, undo)
                 for side in sides:
                     side.origin.synchronize()
             ended = [[end.since(start) for end in own] for own in ends]
@@ -338,9 +343,9 @@ class GpuBench:
         return _Side(graph, calls, origin, max(shortest, 1e-6))
 
 
-def _replay(sides: list[_Side], until: float, undo: ExitStack) -> tuple[cuda.Event, list[list[cuda.Event]], float]:
-    """Replay each side again and again, begun together, up to a moment of the host's clock; up to PATIENCE_SECONDS
-    longer if one of them gets hardly anywhere beside the other.
+def _replay(sides: list[_Side], seconds: float, undo: ExitStack) -> tuple[cuda.Event, list[list[cuda.Event]], float]:
+    """Replay each side again and again, begun together, for so long by the host's clock; up to PATIENCE_SECONDS longer
+    if one of them gets hardly anywhere beside the other.
 
     Both have enough enqueued at all times and no more, so that they end together however they slow each other down,
     and the host never waits for a full queue.
@@ -349,11 +354,12 @@ def _replay(sides: list[_Side], until: float, undo: ExitStack) -> tuple[cuda.Eve
         An event before, and one after each replay of each side, which ``undo`` frees; the longest time between two
         looks at what is done.
     """
+    before, held_up = time.perf_counter(), 0.0
     start = _event(sides[0].origin, undo)
     for side in sides[1:]:
         start.block(side.origin.handle)
     ends: list[list[cuda.Event]] = [[] for _ in sides]
-    before, held_up = time.perf_counter(), 0.0
+    until = time.perf_counter() + seconds
     while (now := time.perf_counter()) < until or (now < until + PATIENCE_SECONDS and not all(map(_some_done, ends))):
         before, held_up = now, max(held_up, now - before)
         waits = True

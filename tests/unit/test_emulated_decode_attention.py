@@ -29,8 +29,8 @@ from nf.kernels.decode_attention import (
 )
 
 SMS = 132
-CASES = [(64, 16, 1), (128, 32, 1), (64, 16, 3), (64, 64, 66)]
-"""(head_dim, page_size, SMs): a tile has two pages, half of one, two, one."""
+CASES = [(64, 16, 1), (128, 32, 1), (64, 16, 3), (64, 64, 66), (64, 16, 66), (128, 64, 1)]
+"""(head_dim, page_size, SMs): a tile has two pages, half of one, two, one, four, a quarter of one."""
 RELATIVE_ERROR = 5e-3  # of a row's norm: weights and outputs are rounded to bf16 (2^-9)
 OTHERS = 1 << 30  # length of a row that does not decode
 
@@ -100,18 +100,22 @@ class Rows:
 @given(
     kv_lens=st.lists(st.integers(1, 40) | st.integers(1, 700), max_size=24),
     group=st.integers(1, 8),
+    num_kv_heads=st.integers(1, 3),
     window=st.none() | st.integers(1, 300),
     seed=st.integers(0, 1 << 20),
     copies=st.sampled_from(Copies),
     planned=st.sampled_from([1, 2, 3]),
 )
-@example(kv_lens=[2800] * 9, group=4, window=None, seed=0, copies=Copies.BY_CHANCE, planned=3)  # three spans a warp
-@example(kv_lens=[5000, *[1] * 40], group=8, window=None, seed=1, copies=Copies.LATE, planned=1)
+@example(
+    kv_lens=[2800] * 9, group=4, num_kv_heads=2, window=None, seed=0, copies=Copies.BY_CHANCE, planned=3
+)  # three spans a warp
+@example(kv_lens=[5000, *[1] * 40], group=8, num_kv_heads=2, window=None, seed=1, copies=Copies.LATE, planned=1)
 def test_every_key_counts_once(
     kernels: dict[str, EmulatedKernel],
     case: tuple[int, int, int],
     kv_lens: list[int],
     group: int,
+    num_kv_heads: int,
     window: int | None,
     seed: int,
     copies: Copies,
@@ -119,7 +123,7 @@ def test_every_key_counts_once(
 ) -> None:
     """Planned for as many SMs as there are, or a few times as many."""
     head_dim, page_size, sms = case
-    rows = Rows(kv_lens, DecodeShape(2 * group, 2, head_dim, page_size, window=window), seed)
+    rows = Rows(kv_lens, DecodeShape(num_kv_heads * group, num_kv_heads, head_dim, page_size, window=window), seed)
     out = rows.attend(kernels, sms, launches=2, copies=copies, planned=min(SMS, sms * planned))
     for row in range(len(kv_lens)):
         expected = rows.expected(row)

@@ -13,7 +13,14 @@ from emulated_kernel import EmulatedKernel, EmulatedLoader, int32, pointer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nf.kernels.decode_attention import ENTRY_BYTES, DecodeAttention, DecodeShape, plan_source, ring_on
+from nf.kernels.decode_attention import (
+    ENTRY_BYTES,
+    MIN_SPAN_BYTES,
+    DecodeAttention,
+    DecodeShape,
+    plan_source,
+    ring_on,
+)
 from nf.kernels.prefill_attention import PrefillAttention, sources
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, SMS = 8, 2, 128, 16, 132
@@ -73,18 +80,20 @@ def test_decode_plan(
 
     rows = range(first, len(kv_lens))
     line = [(row, head, tile) for row in rows for head in range(KV_HEADS) for tile in tiles_of(kv_lens[row])]
-    count = np.count_nonzero(spans[:, 3])
+    ring = ring_on(sms)
+    count = min(ring.warps * sms, max(1, len(line) * ring.stage_bytes // MIN_SPAN_BYTES)) if line else 0
     assert not spans[count:].any()
     lengths = spans[:count, 3]
     assert lengths.sum() == len(line)
     # A span begins at the first tile whose group is not entered yet, or that is not taken yet, when its share begins.
-    entry = ENTRY_BYTES // ring_on(sms).stage_bytes
+    entry = ENTRY_BYTES // ring.stage_bytes
     priced = [
         place
         for place, (row, _, tile) in enumerate(line)
         for _ in range(1 + entry * (tile == tiles_of(kv_lens[row])[0]))
     ]
     begins = [int(share[0]) for share in np.array_split(priced, count)] if line else []
+    assert lengths.all()
     assert lengths.tolist() == np.diff([*begins, len(line)]).tolist()
     parts = defaultdict(list)
     for i, (begin, end) in enumerate(pairwise(indptr(lengths.tolist()))):

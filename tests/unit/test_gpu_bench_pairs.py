@@ -91,24 +91,27 @@ def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("often", [1, 2])
-def test_what_is_timed_while_the_host_is_held_up_is_timed_again(often: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replay seems to take long if the host only comes to note its end much later."""
+@pytest.mark.parametrize("event", [1, 5])
+def test_what_is_timed_while_the_host_is_held_up_is_timed_again(
+    often: int, event: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay seems to take long if the host comes to note its end, or the beginning of all, only much later."""
     own, replay, record, waiting = bench(), gpu_bench._replay, Event.record, list[int]()
 
     def replay_held_up(*values: Any) -> Any:
         nonlocal often
         if often > 0:
             often -= 1
-            waiting.append(5)
+            waiting.append(event)
         return replay(*values)
 
-    def record_late(event: Event, stream: int) -> None:
+    def record_late(of: Event, stream: int) -> None:
         if waiting:
             waiting[0] -= 1
             if waiting[0] == 0:
                 waiting.clear()
-                Time.now += 0.3
-        record(event, stream)
+                Time.now += 1.0
+        record(of, stream)
 
     monkeypatch.setattr(gpu_bench, "_replay", replay_held_up)
     monkeypatch.setattr(Event, "record", record_late)
