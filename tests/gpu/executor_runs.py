@@ -9,9 +9,10 @@ from gpu_runs import MAX_LEN, SLOTS, model_for_gpu, relative_errors, weights_for
 from nf.executors.gpu import GpuExecutor
 from nf.scheduler.batch import Batch, SamplingBatch
 
-ERROR, MEAN_ERROR = 3e-2, 1.2e-2  # relative, of a position's logits, and of all on average: bf16 against float64
+ERROR = 2e-2  # relative, of the logits of a position: bf16 against float64
+WORST_ERROR, MEAN_ERROR = 3e-2, 1.2e-2  # of hundreds of positions
 """Simulated in bfloat16, with weights of attention that are rounded at random places, the worst of 600 positions of a
-model is .006 to .025 away, one run's from another's .007 to .020, and all on average .0047 to .0097."""
+model is .006 to .025 away, and all on average .0047 to .0097."""
 DENSE = 300  # more than the largest graph of a smaller size, so that large batches run the plan itself
 MODEL = model_for_gpu()
 WEIGHTS = weights_for_gpu(MODEL, 0)
@@ -31,13 +32,9 @@ def random_ids(seed: int) -> dict[int, list[int]]:
 
 
 def check_logits(found: dict[int, np.ndarray], sequences: dict[int, list[int]], model=MODEL, weights=WEIGHTS) -> None:
-    check_rows(found, {slot: reference_logits(model, weights, ids) for slot, ids in sequences.items()})
-
-
-def check_rows(found: dict[int, np.ndarray], expected: dict[int, np.ndarray]) -> None:
-    errors = np.concatenate([relative_errors(found[slot], rows) for slot, rows in expected.items()])
-    assert errors.max() <= ERROR
-    assert errors.mean() <= MEAN_ERROR
+    errors = [relative_errors(found[i], reference_logits(model, weights, ids)) for i, ids in sequences.items()]
+    assert np.concatenate(errors).max() <= WORST_ERROR
+    assert np.concatenate(errors).mean() <= MEAN_ERROR
 
 
 def last_logits(ids: list[int], weights=WEIGHTS) -> np.ndarray:

@@ -16,7 +16,6 @@ from executor_runs import (
     PROMPT,
     WEIGHTS,
     check_logits,
-    check_rows,
     last_logits,
     pairs,
     random_ids,
@@ -86,7 +85,8 @@ def test_plans_agree(name: str) -> None:
             found[kind] = all_logits(run, maker(), sequences, DENSE, 4)
             check_logits(found[kind], sequences, model, weights)
     for kind in ("nano-batch", "partitioned"):
-        check_rows(found[kind], found["sequential"])
+        for slot in sequences:
+            assert relative_error(found[kind][slot], found["sequential"][slot]) <= ERROR / 2
 
 
 def test_every_step_takes_a_plan_that_can_run_it() -> None:
@@ -119,8 +119,9 @@ def test_neighbours_do_not_matter_beyond_rounding() -> None:
     sequences = random_sequences(5)
     with gpu_executor(MODEL, WEIGHTS, nano_batch_plan(MODEL.operations, DENSE)) as run:
         together = all_logits(run, maker(), sequences, DENSE, 5)
-        alone = {i: all_logits(run, maker(seed=i), {i: ids}, DENSE, i)[i] for i, ids in sequences.items()}
-    check_rows(together, alone)
+        for slot, ids in sequences.items():
+            alone = all_logits(run, maker(seed=slot), {slot: ids}, DENSE, slot)[slot]
+            assert relative_error(together[slot], alone) <= ERROR / 2
 
 
 def test_a_step_gives_the_same_bits_every_time() -> None:
