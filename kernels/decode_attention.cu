@@ -12,9 +12,9 @@
 // that it shares is left to decode_merge.cu: merging here would need a fence at gpu scope per part, which takes
 // microseconds while the memory system is full.
 //
-// On few SMs a warp's own instructions are what limits it, with two other warps to take turns with. So the output of a tile
-// is worked out while the next one is waited for and read (as in FlashAttention-3, Shah et al., arXiv 2407.08608), and
-// nine tiles of ten, which need nothing else, go through a loop that has nothing else.
+// On few SMs a warp's own instructions are what limits it, with two other warps to take turns with. So the output of a
+// tile is worked out while the next one is waited for and read (as in FlashAttention-3, Shah et al., arXiv 2407.08608),
+// and nine tiles of ten, which need nothing else, go through a loop that has nothing else.
 //
 // Configuration: HEAD_DIM (64, 128), PAGE_SIZE (16, 32, 64), TILE keys per stage, WARPS of the CTA.
 #include "decode_sums.cuh"
@@ -47,9 +47,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) decode_attention(
         q, kv, out, kv_lens, kv_indptr, kv_indices, {part_out, part_stats},
         num_kv_heads, group, q_stride, out_stride, window, scale_log2};
     const Plan plan(plan_memory, max_spans);
-    Source source{arguments, plan, max_spans, WARPS * int(gridDim.x), lane, warp * int(gridDim.x) + int(blockIdx.x)};
+    Source source{arguments, plan, WARPS * int(gridDim.x), lane, warp * int(gridDim.x) + int(blockIdx.x)};
     if (!source.enter_span()) return;
-    source.read_ahead(true);
 
     // Lane's fragment addresses in stage 0; the step is in the address bits that the swizzle flips.
     const uint32_t k_lane = kept(ring + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16);

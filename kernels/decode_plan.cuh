@@ -47,12 +47,14 @@ struct __align__(16) PlanHeader {
 // The plan in memory: header, spans (those beyond the last are empty), merges (no more than spans: a group in n parts
 // takes n - 1 at most).
 struct Plan {
+    int max_spans;
     PlanHeader* header;
     Span* spans;
     Merge* merges;
 
     __device__ __forceinline__ Plan(void* memory, int max_spans)
-        : header(static_cast<PlanHeader*>(memory)),
+        : max_spans(max_spans),
+          header(static_cast<PlanHeader*>(memory)),
           spans(reinterpret_cast<Span*>(header + 1)),
           merges(reinterpret_cast<Merge*>(spans + max_spans)) {}
 };

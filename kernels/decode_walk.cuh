@@ -21,7 +21,7 @@
 struct Source {
     const Arguments& arguments;
     const Plan& plan;
-    const int max_spans, workers, lane;
+    const int workers, lane;
     int span;
 
     int quiet = 0;           // how many plain tiles come next before which there is nothing to do
@@ -50,7 +50,7 @@ struct Source {
 
     // Begin the span; false if there is none.
     __device__ __forceinline__ bool enter_span() {
-        if (span >= max_spans) return false;
+        if (span >= plan.max_spans) return false;
         const int4* record = reinterpret_cast<const int4*>(plan.spans + span);
         const int4 head_of = record[0], tail_of = record[1];
         if (head_of.w == 0 | tail_of.x == 0) return false;  // asked of both to read them at once
@@ -58,7 +58,7 @@ struct Source {
         kv_len = tail_of.x, page_begin = tail_of.y;
         enter_row();
         pages = *page_at(page_begin, kv_len, page_of(tile));
-        open();
+        open(true);
         return true;
     }
 
@@ -67,8 +67,8 @@ struct Source {
         end_tile = (kv_len + TILE - 1) / TILE;
     }
 
-    // Go to the next group of the span; true if its row is new.
-    __device__ __forceinline__ bool enter_group() {
+    // Go to the next group of the span.
+    __device__ __forceinline__ void enter_group() {
         pages = pages_then;
         const bool new_row = ++head == arguments.num_kv_heads;
         if (new_row) {
@@ -76,15 +76,16 @@ struct Source {
             enter_row();
         }
         tile = first_tile;
-        open();
-        return new_row;
+        open(new_row);
     }
 
-    __device__ __forceinline__ void open() {
+    // Begin a segment at the tile.
+    __device__ __forceinline__ void open(bool new_row) {
         opens = true, whole = tile == first_tile;
         head_base = arguments.kv + head * PAGE_BYTES;
         batch = page_of(tile);
-        locate();
+        locate();  // before more is read: waiting for these pages could mean waiting for that as well
+        read_ahead(new_row);
     }
 
     // Read what the segment just entered will need, and the one after it.
@@ -113,7 +114,7 @@ struct Source {
     __device__ __forceinline__ bool turn_pages() {
         if (left == 0 || tile == end_tile || page_of(tile) != batch + 32) return false;
         batch += 32, pages = pages_after;
-        locate();  // before more is read: waiting for these pages could mean waiting for that as well
+        locate();  // before more is read, as above
         read_if(true, pages_after, page_at(page_begin, kv_len, batch + 32));
         count_quiet();
         return quiet > 0;
@@ -150,9 +151,8 @@ struct Source {
         if (left == 0) {
             span += workers;
             if (!enter_span()) return false;
-            read_ahead(true);
         } else if (tile == end_tile) {
-            read_ahead(enter_group());
+            enter_group();
         }
         const int end = min(TILE, kv_len - tile * TILE);
         const int begin = max(0, first_key(kv_len, arguments.window) - tile * TILE);
