@@ -24,7 +24,6 @@ from nf.kernels.source import KernelSource
 
 _SERVE = "import sys; sys.path[:] = {path!r}; from nf.kernels.compiler_processes import serve; serve()"
 
-
 ENDING_SECONDS = 1.0  # from the end of what a process says to its own
 
 

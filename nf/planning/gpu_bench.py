@@ -8,13 +8,10 @@ which keeps the clocks where the power cap puts them.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from operator import itemgetter
+from dataclasses import replace
 
 from nf.bench.card import driver_version, power_cap
 from nf.bench.power import PowerMeter
@@ -40,18 +37,14 @@ from nf.models.operations import Rows
 from nf.models.registry import declare
 from nf.planning.profile import CoRun, Cost, ProfileKey, Side, Sms, SoloKey
 from nf.planning.profiling import ENDS, Extent
+from nf.planning.steady_replays import Replays, probed, steady
 from nf.scheduler.batch import Batch
 
 LAYERS = 8  # their weights and pages are several times the L2 cache
 PAGE_SIZE = 16
-WARM_SECONDS, RUN_SECONDS = 0.15, 0.4  # the energy counter moves every 0.1 s
+RUN_SECONDS = 0.4  # the energy counter moves every 0.1 s
 GRAPH_SECONDS = 4e-3  # of one replay, so that the host's launches do not count
 MAX_CALLS = 320  # in a graph
-AHEAD_SECONDS = 12e-3  # of replays that are enqueued and not done, so that the GPU never waits for the host
-PATIENCE_SECONDS = 0.5
-TRIES = 3  # of a point, where the host is held up
-POLL_SECONDS = 1e-4  # between looks at what is done
-PROBES = 4  # replays that tell how long one takes
 KV_BYTES = 48 << 30  # at most; sequences take pages in turn
 PROMPT = 1024  # tokens, where the length of prompts does not matter
 RANDOM_BUFFERS = ("hidden", "normed", "qkv", "attn", "activated", "permuted", "expert_down")
@@ -65,22 +58,6 @@ def profile_key(device: cuda.Device) -> ProfileKey:
     state.update((HERE / "gemm_table.json").read_bytes())  # which of them is launched
     state.update(ARRANGEMENT.encode())  # and on which SMs
     return ProfileKey(device.name, driver_version() or "unknown", state.hexdigest()[:12])
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """Nano-operations of one stream, captured: ``calls`` of them per replay of ``graph`` on ``origin``, which takes
-    about ``seconds`` with nothing beside it."""
-
-    graph: Graph
-    calls: int
-    origin: cuda.Stream
-    seconds: float
-
-    @property
-    def depth(self) -> int:
-        """Replays to keep in flight."""
-        return max(2, math.ceil(AHEAD_SECONDS / self.seconds))
 
 
 class GpuBench:
@@ -134,8 +111,9 @@ class GpuBench:
         tokens, batch = self._batch(operation, rows, context)
         self._load(batch)
         side = self._side(operation, tokens, sms, self._lane_of(sms), self._streams[0])
-        (seconds,), watts = self._steady([side])
-        return Cost(seconds, seconds * watts)
+        pace = steady([side], self._run_seconds)
+        (seconds,) = pace.seconds
+        return Cost(seconds, seconds * pace.watts)
 
     def co_run(self, first: SoloKey, second: SoloKey) -> CoRun:
         decodes, context, tokens = second[1], second[3], max(first[1], second[1])
@@ -149,8 +127,8 @@ class GpuBench:
                 sides.append(self._side(key[0], key[1], key[2], lane, stream))
                 undo.callback(sides[-1].graph.free)
             undo.pop_all()
-        seconds, watts = self._steady(sides)
-        return CoRun(Side(*first, seconds[0]), Side(*second, seconds[1]), watts)
+        pace = steady(sides, self._run_seconds)
+        return CoRun(Side(*first, pace.seconds[0]), Side(*second, pace.seconds[1]), pace.watts)
 
     def close(self) -> None:
         """Free everything; idempotent."""
@@ -241,7 +219,7 @@ class GpuBench:
             self._lanes[sms] = lanes(streams, self._device.sms)
         return self._lanes[sms]
 
-    def _side(self, name: str, tokens: int, sms: Sms, lane: Lane, origin: cuda.Stream) -> _Side:
+    def _side(self, name: str, tokens: int, sms: Sms, lane: Lane, origin: cuda.Stream) -> Replays:
         """Capture as many calls of an operation as fill a graph; the step is on the device."""
         layers = self._layers_for(tokens, sms)
         if name == ENDS:
@@ -257,13 +235,13 @@ class GpuBench:
         origin.synchronize()
         return self._repeated([s for s in steps if s.operation.name == name], layers, lane, origin)
 
-    def _whole_ends(self, layers: Layers, origin: cuda.Stream) -> _Side:
+    def _whole_ends(self, layers: Layers, origin: cuda.Stream) -> Replays:
         """What comes before and after the layers, once per replay, captured as a step has it."""
         lane = Lane("origin", origin.handle, self._device.sms)
         graph = capture((), (lane,), origin.handle, begin=layers.begin, launch=layers.launch, finish=layers.finish)
-        return self._probed(graph, 1, origin)
+        return probed(graph, 1, origin)
 
-    def _repeated(self, steps: list[LayerStep], layers: Layers, lane: Lane, origin: cuda.Stream) -> _Side:
+    def _repeated(self, steps: list[LayerStep], layers: Layers, lane: Lane, origin: cuda.Stream) -> Replays:
         """``steps`` once tell how often they fit into a graph."""
 
         def captured(times: int) -> Graph:
@@ -276,7 +254,7 @@ class GpuBench:
                 finish=lambda _: None,
             )
 
-        trial = self._probed(captured(1), len(steps), origin)
+        trial = probed(captured(1), len(steps), origin)
         times = min(MAX_CALLS // len(steps), round(GRAPH_SECONDS / trial.seconds))
         if times <= 1:
             return trial
@@ -286,7 +264,7 @@ class GpuBench:
             undo.callback(graph.free)
             graph.upload(origin.handle)
             undo.pop_all()
-        return _Side(graph, len(steps) * times, origin, trial.seconds * times)
+        return Replays(graph, len(steps) * times, origin, trial.seconds * times)
 
     def _layers_for(self, tokens: int, sms: Sms) -> Layers:
         key = tokens, sms
@@ -295,105 +273,6 @@ class GpuBench:
             plan = replace(plan, streams=(replace(plan.streams[0], sms=sms),))  # attention is planned for its SMs
             self._layers[key] = Layers(self.model, plan, self._kernels, self._memory, self._sizes, self._device.sms)
         return self._layers[key]
-
-    # ---- time and power ----
-
-    def _steady(self, sides: list[_Side]) -> tuple[list[float], float]:
-        """Seconds per call of each side while all of them run, and the card's power meanwhile; frees the graphs.
-
-        Measured again where the host was held up for longer than what is enqueued lasts.
-        """
-        with ExitStack() as undo:
-            for side in sides:
-                undo.callback(side.graph.free)
-            tried = [self._try(sides)]
-            while tried[-1][0] > AHEAD_SECONDS and len(tried) < TRIES:
-                tried.append(self._try(sides))
-        _, seconds, watts = min(tried, key=itemgetter(0))
-        return seconds, watts
-
-    def _try(self, sides: list[_Side]) -> tuple[float, list[float], float]:
-        """The longest time that the host was held up for, and what was found: the GPU may have waited for the host."""
-        with ExitStack() as undo:
-            for side in sides:  # before the graphs are freed, whatever happens
-                undo.callback(side.origin.synchronize)
-            with PowerMeter(0) as meter:
-                began = time.perf_counter()
-                start, ends, held_up = _replay(sides, WARM_SECONDS + self._run_seconds, undo)
-                for side in sides:
-                    side.origin.synchronize()
-            ended = [[end.since(start) for end in own] for own in ends]
-        stop = min(times[-1] for times in ended)
-        seconds = [_pace(times, stop) / side.calls for side, times in zip(sides, ended, strict=True)]
-        return held_up, seconds, meter.between(began + WARM_SECONDS, began + stop)
-
-    def _probed(self, graph: Graph, calls: int, origin: cuda.Stream) -> _Side:
-        """A side whose replays were tried: the shortest of a few, as the first ones load what they need and the host
-        may be late with others."""
-        with ExitStack() as undo:
-            undo.callback(graph.free)
-            with ExitStack() as events:
-                marks = []
-                for _ in range(PROBES):
-                    graph.launch(origin.handle)
-                    marks.append(_event(origin, events))
-                origin.synchronize()
-                shortest = min(end.since(start) for start, end in pairwise(marks))
-            undo.pop_all()
-        return _Side(graph, calls, origin, max(shortest, 1e-6))
-
-
-def _replay(sides: list[_Side], seconds: float, undo: ExitStack) -> tuple[cuda.Event, list[list[cuda.Event]], float]:
-    """Replay each side again and again, begun together, for so long by the host's clock; up to PATIENCE_SECONDS longer
-    if one of them gets hardly anywhere beside the other.
-
-    Both have enough enqueued at all times and no more, so that they end together however they slow each other down,
-    and the host never waits for a full queue.
-
-    Returns:
-        An event before, and one after each replay of each side, which ``undo`` frees; the longest time between two
-        looks at what is done.
-    """
-    before, held_up = time.perf_counter(), 0.0
-    start = _event(sides[0].origin, undo)
-    for side in sides[1:]:
-        start.block(side.origin.handle)
-    ends: list[list[cuda.Event]] = [[] for _ in sides]
-    until = time.perf_counter() + seconds
-    while (now := time.perf_counter()) < until or (now < until + PATIENCE_SECONDS and not all(map(_some_done, ends))):
-        before, held_up = now, max(held_up, now - before)
-        waits = True
-        for side, own in zip(sides, ends, strict=True):
-            if len(own) < side.depth or own[-side.depth].reached:
-                side.graph.launch(side.origin.handle)
-                own.append(_event(side.origin, undo))
-                waits = False
-        if waits:
-            time.sleep(POLL_SECONDS)
-    return start, ends, max(held_up, now - before)
-
-
-def _some_done(ends: Sequence[cuda.Event]) -> bool:
-    return len(ends) > 2 and ends[2].reached
-
-
-def _pace(ends: Sequence[float], stop: float) -> float:
-    """Seconds of a replay while both sides run, by when each ended; of the first one, if no other did, and if none
-    did, a bound."""
-    inside = [end for end in ends if WARM_SECONDS <= end <= stop]
-    if len(inside) < 2:
-        inside = [end for end in (0.0, *ends) if end <= stop][-2:]
-    if len(inside) < 2:
-        inside = [0.0, stop]
-    return (inside[-1] - inside[0]) / (len(inside) - 1)
-
-
-def _event(stream: cuda.Stream, undo: ExitStack) -> cuda.Event:
-    """The point that ``stream`` has come to."""
-    made = cuda.Event(timing=True)
-    undo.callback(made.free)
-    made.record(stream.handle)
-    return made
 
 
 def _idle_watts() -> float:

@@ -19,7 +19,7 @@ from nf.config import ModelConfig
 from nf.executors import gpu_buffers, gpu_inputs, gpu_memory, gpu_outputs, gpu_pages
 from nf.graphs.partition import Lane
 from nf.kernels.device import CudaError
-from nf.planning import gpu_bench
+from nf.planning import gpu_bench, steady_replays
 from nf.planning.gpu_bench import GpuBench
 from nf.planning.profiling import Extent
 
@@ -198,8 +198,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "PinnedMemory", Memory)
     doubles = {
         "cuda": SimpleNamespace(Stream=Stream, Event=Event, CudaError=CudaError),
-        "time": Time,
-        "PowerMeter": Meter,
         "power_cap": lambda: 700.0,
         "artifacts": lambda *_: [],
         "LayerKernels": lambda *_, **__: Kernel("kernels"),
@@ -208,11 +206,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "capture": capture,
         "lanes": fake_lanes,
         "required_partitions": lambda _: (),
-        "WARM_SECONDS": 0.002,
         "_idle_watts": lambda: 120.0,
     }
     for name, double in doubles.items():
         monkeypatch.setattr(gpu_bench, name, double)
+    replaying = {"cuda": doubles["cuda"], "time": Time, "PowerMeter": Meter, "WARM_SECONDS": 0.002}
+    for name, double in replaying.items():
+        monkeypatch.setattr(steady_replays, name, double)
     CLOCKS.clear()
     PACE.clear()
     CAPTURED.clear()

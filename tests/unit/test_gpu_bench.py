@@ -17,7 +17,7 @@ from nf.graphs.partition import Lane, PartitionError
 from nf.graphs.plan import sequential_plan
 from nf.kernels.device import CudaError
 from nf.models.registry import declare
-from nf.planning import gpu_bench, gpu_step_bench
+from nf.planning import gpu_bench, gpu_step_bench, steady_replays
 from nf.planning.gpu_bench import GpuBench
 from nf.planning.gpu_step_bench import GpuStepBench
 from nf.planning.profile import Profile, ProfileKey
@@ -98,7 +98,7 @@ def test_a_bench_that_breaks_down_leaves_no_graph(monkeypatch: pytest.MonkeyPatc
         def __enter__(self) -> Meter:
             raise CudaError("the driver answered")
 
-    monkeypatch.setattr(gpu_bench, "PowerMeter", Broken)
+    monkeypatch.setattr(steady_replays, "PowerMeter", Broken)
     own = bench()
     for point in (("qkv_proj", 64, "all", 0), (ENDS, 64, "all", 0)):
         with pytest.raises(CudaError):
@@ -108,7 +108,7 @@ def test_a_bench_that_breaks_down_leaves_no_graph(monkeypatch: pytest.MonkeyPatc
 
 
 def test_two_replays_at_least_are_enqueued(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_bench, "AHEAD_SECONDS", 1e-3)
+    monkeypatch.setattr(steady_replays, "AHEAD_SECONDS", 1e-3)
     own = bench(run=0.1)
     own.solo(("qkv_proj", 64, "all", 0))
     own.close()

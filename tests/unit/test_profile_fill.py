@@ -16,7 +16,7 @@ from nf.models.operations import Rows
 from nf.models.registry import declare
 from nf.models.shapes import shape
 from nf.planning import profiling as module
-from nf.planning.gpu_bench import RUN_SECONDS, WARM_SECONDS
+from nf.planning.gpu_bench import RUN_SECONDS
 from nf.planning.profile import Cost, Profile, SoloKey
 from nf.planning.profile_file import load_profile, read_profile, save_profile
 from nf.planning.profiling import (
@@ -34,6 +34,7 @@ from nf.planning.profiling import (
     words,
 )
 from nf.planning.resources import arrangements
+from nf.planning.steady_replays import WARM_SECONDS
 
 EXTENT = quick_extent(2048, SMS)
 
