@@ -161,7 +161,9 @@ def test_signals_let_requests_in_flight_end(model_dir: Path, tmp_path: Path, sig
     """SIGTERM, or SIGHUP because the parent's terminal has gone: drain, write what is done, end."""
     lines = [{"prompt": f"prompt {i}"} for i in range(3000)]
     command = [sys.executable, "-m", "nf.cli", *batch_command(model_dir, tmp_path / "stopped", lines)]
+    before = signal.signal(signum, signal.SIG_DFL)  # a child inherits what is ignored, as SIGHUP is under nohup
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signum, before)
     deadline = time.monotonic() + 60
     while len(read_records(tmp_path / "stopped" / "out.jsonl")) < 2:
         assert process.poll() is None, process.communicate()

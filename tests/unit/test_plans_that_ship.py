@@ -28,7 +28,11 @@ from nf.planning.profile_file import read_profile
 from nf.planning.search import Result, Search, candidate_of
 
 ROOT = Path(__file__).parents[2]
-PROFILE = ROOT / "docs/benchmarks/2026-11-29-h200-plans-profile.json"
+PROFILES = {  # of the day when the plans of a model were searched
+    "llama-3-8b": ROOT / "docs/benchmarks/2026-11-30-h200-plans-profile.json",
+    "qwen2-7b": ROOT / "docs/benchmarks/2026-11-29-h200-plans-profile.json",
+    "mixtral-8x7b": ROOT / "docs/benchmarks/2026-11-29-h200-plans-profile.json",
+}
 SMS, GPU = 132, "NVIDIA H200"
 KV_TOKENS = {"llama-3-8b": 898_327, "qwen2-7b": 2_067_781, "mixtral-8x7b": 308_231}  # of the KV cache there
 RECORDS = sorted(BUILT_IN_FOLDER.rglob(f"*{MEASURED_SUFFIX}"))
@@ -64,7 +68,7 @@ class Shipped:
 
     @cached_property
     def profile(self) -> Profile:
-        return read_profile(PROFILE, shape_name(self.model.config))
+        return read_profile(PROFILES[self.record["model"]], shape_name(self.model.config))
 
 
 @pytest.fixture(params=RECORDS, ids=lambda path: path.name.removesuffix(MEASURED_SUFFIX))
