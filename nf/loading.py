@@ -113,7 +113,8 @@ def _find_model(
             return None, shape(model)
         if "/" not in model and model != BUNDLED_MODEL:
             raise ModelError(
-                model, f"with random weights a model is a directory, a hub name or one of {', '.join(SHAPES)}"
+                model or "model",
+                f"with random weights a model is a directory, a hub name or one of {', '.join(SHAPES)}",
             )
     model_dir = _resolve_name("model", model, config_only)
     return model_dir, read_config(model_dir)

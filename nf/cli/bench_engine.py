@@ -12,12 +12,11 @@ from nf.cli.files import check_writable
 from nf.cli.options import add_engine_options, engine_options, named_by_flag
 from nf.cli.workload_options import add_workload_options, read_workload
 from nf.errors import InputError
+from nf.hub import BUNDLED_MODEL
 
 if TYPE_CHECKING:
     from nf.bench.engine import Subject
     from nf.bench.workload import Workload
-
-DEFAULT_MODEL = "nf-tiny"
 
 _THROUGHPUT = """\
 Give the engine all requests at once and see how many tokens per second come of it: over the whole
@@ -71,7 +70,7 @@ def add_parsers(commands: Any) -> None:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL",
-        help=f"a directory, a Hugging Face name, or the bundled {DEFAULT_MODEL} (default)",
+        help=f"a directory, a Hugging Face name, or the bundled {BUNDLED_MODEL} (default)",
     )  # fmt: skip
     parser.add_argument("--random-weights", action="store_true", help="draw weights instead of reading them")
     parser.add_argument("--shape", metavar="NAME", help="well-known shape to draw weights for, e.g. llama-3-8b")
@@ -194,5 +193,5 @@ def _ceilings(subject: Subject) -> Any:
 
 def _name(args: argparse.Namespace) -> str:
     """Of the model: what it is loaded by."""
-    name: str = args.shape or args.model or DEFAULT_MODEL
-    return name
+    given: str | None = args.model if args.shape is None else args.shape
+    return BUNDLED_MODEL if given is None else given

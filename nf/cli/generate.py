@@ -16,13 +16,13 @@ from nf.cli.options import (
     sampling_options,
 )
 from nf.errors import InputError
+from nf.hub import BUNDLED_MODEL
 
 if TYPE_CHECKING:
     from nf.cli.prompts import PromptsFile, TextPrompts
     from nf.cli.records import ResultsFile
     from nf.cli.sinks import Sink
 
-DEFAULT_MODEL = "nf-tiny"
 
 _USAGE = """\
 %(prog)s [MODEL] -p TEXT [options]
@@ -65,9 +65,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "model",
         nargs="?",
-        default=DEFAULT_MODEL,
+        default=BUNDLED_MODEL,
         metavar="MODEL",
-        help=f"a directory, a Hugging Face name, or the bundled {DEFAULT_MODEL} (default)",
+        help=f"a directory, a Hugging Face name, or the bundled {BUNDLED_MODEL} (default)",
     )
     group = parser.add_argument_group("prompts")
     group.add_argument("-p", "--prompt", action="append", metavar="TEXT", help="a prompt; - is stdin; may be repeated")

@@ -184,4 +184,4 @@ def _model(model: str | None) -> Model:
     from nf.hub import BUNDLED_MODEL
     from nf.models.registry import declare
 
-    return declare(model_config(model or BUNDLED_MODEL))
+    return declare(model_config(BUNDLED_MODEL if model is None else model))

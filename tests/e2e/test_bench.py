@@ -123,6 +123,8 @@ def test_lengths_from_a_trace(tmp_path: Path) -> None:
             "--shape: is the model to measure, and so is x",
         ),
         (["throughput", "--input-len", "1020", "--output-len", "5"], "--max-model-len: 1024 tokens, and the longest"),
+        (["throughput", ""], "model: must be a directory, a bundled model's name or a hub name, not ''"),
+        (["throughput", "--shape", "", "--random-weights"], "model: with random weights a model is"),
         (["throughput", "--num-pages", "0"], "--num-pages: must be an integer of at least 1, not 0"),
         (["throughput", "--random-weights", "--shape", "llama-3"], "llama-3: with random weights a model is"),
         (["latency", "--request-rate", "1", "0"], "--request-rate: must be above 0, not 0"),
