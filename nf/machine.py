@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from importlib import metadata
@@ -33,6 +34,7 @@ def machine() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def package_version(package: str) -> str | None:
     """What is installed of a package; None if it is not."""
     try:
